@@ -1,0 +1,145 @@
+"""The gateway to other programs: every process that we start is started here.
+
+A failure tells *not found*, *ended by a signal* and *non-zero exit* apart, and carries the command as a
+line that can be pasted into a shell.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from orchestrator.errors import CommandError
+
+log = logging.getLogger(__name__)
+
+TAIL_LINES = 15
+
+Args = Sequence[str | os.PathLike[str]]
+
+
+def shell_line(args: Args, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """``args`` as one copy-pasteable shell line, with the variables that were added to the environment."""
+    words = [f"{key}={shlex.quote(value)}" for key, value in (env or {}).items()]
+    words += [shlex.quote(os.fspath(arg)) for arg in args]
+    line = " ".join(words)
+    return f"cd {shlex.quote(str(cwd))} && {line}" if cwd else line
+
+
+def tail_of(text: str | bytes, lines: int = TAIL_LINES) -> list[str]:
+    """The last ``lines`` non-empty lines."""
+    if isinstance(text, bytes):
+        text = text.decode(errors="replace")
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+
+
+def _not_found(args: Args, line: str, hint: str | None) -> CommandError:
+    program = os.fspath(args[0])
+    return CommandError(f"{program}: not found", command=line, hint=hint or f"install {program}")
+
+
+def run(
+    args: Args,
+    *,
+    input: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float | None = 120,
+    check: bool = True,
+    hint: str | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end and return it with ``stdout`` and ``stderr`` (bytes).
+
+    :param env: variables added to the environment.
+    :param timeout: seconds; the process is killed when they have passed.
+    :param check: raise if the program exits with anything but 0.
+    :raise CommandError: not found, timed out, ended by a signal, or failed (with ``check``).
+    """
+    line = shell_line(args, env, cwd)
+    log.info("run: %s", line)
+    try:
+        done = subprocess.run(
+            [os.fspath(arg) for arg in args],
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            env={**os.environ, **env} if env else None,
+            cwd=cwd,
+            timeout=timeout,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        if cwd is not None and not cwd.is_dir():
+            raise CommandError(f"{cwd}: no such folder", command=line) from error
+        raise _not_found(args, line, hint) from error
+    except PermissionError as error:
+        raise CommandError(f"{os.fspath(args[0])}: permission denied", command=line, hint=hint) from error
+    except subprocess.TimeoutExpired as error:
+        raise CommandError(
+            f"{os.fspath(args[0])} did not end within {timeout:.0f} s",
+            command=line,
+            tail=tail_of((error.stderr or b"") or (error.stdout or b"")),
+            hint=hint,
+        ) from error
+    if check and done.returncode:
+        raise CommandError(
+            f"{os.fspath(args[0])} {describe_exit(done.returncode)}",
+            command=line,
+            tail=tail_of(done.stderr or done.stdout),
+            hint=hint,
+        )
+    return done
+
+
+def describe_exit(code: int) -> str:
+    """``failed with exit status N`` or ``was ended by SIGNAME``."""
+    if code >= 0:
+        return f"failed with exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was ended by {name}"
+
+
+def spawn(
+    args: Args,
+    *,
+    env: Mapping[str, str] | None = None,
+    stdin: int | IO[bytes] | None = subprocess.DEVNULL,
+    stdout: int | IO[bytes] | None = subprocess.DEVNULL,
+    stderr: int | IO[bytes] | None = subprocess.DEVNULL,
+    pass_fds: Sequence[int] = (),
+    detach: bool = False,
+    hint: str | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a program and return at once.
+
+    :param detach: give it a session of its own, so that it outlives us and our terminal.
+    :raise CommandError: the program was not found or may not be run.
+    """
+    line = shell_line(args, env)
+    log.info("spawn: %s", line)
+    options: dict[str, Any] = {"start_new_session": True, "cwd": "/"} if detach else {}
+    try:
+        return subprocess.Popen(
+            [os.fspath(arg) for arg in args],
+            env={**os.environ, **env} if env else None,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=tuple(pass_fds),
+            **options,
+        )
+    except FileNotFoundError as error:
+        raise _not_found(args, line, hint) from error
+    except PermissionError as error:
+        raise CommandError(f"{os.fspath(args[0])}: permission denied", command=line, hint=hint) from error
