@@ -49,7 +49,7 @@ def _not_found(args: Args, line: str, hint: str | None) -> CommandError:
 def run(
     args: Args,
     *,
-    input: bytes | None = None,
+    feed: bytes | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     timeout: float | None = 120,
@@ -58,6 +58,7 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end and return it with ``stdout`` and ``stderr`` (bytes).
 
+    :param feed: bytes for its standard input.
     :param env: variables added to the environment.
     :param timeout: seconds; the process is killed when they have passed.
     :param check: raise if the program exits with anything but 0.
@@ -68,8 +69,8 @@ def run(
     try:
         done = subprocess.run(
             [os.fspath(arg) for arg in args],
-            input=input,
-            stdin=subprocess.DEVNULL if input is None else None,
+            input=feed,
+            stdin=subprocess.DEVNULL if feed is None else None,
             capture_output=True,
             env={**os.environ, **env} if env else None,
             cwd=cwd,

@@ -80,13 +80,11 @@ class GuestSpec(Part):
     user_data: str | None = Field(None, description="cloud-init user data, replacing the generated one")
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     cpu: str | None = Field(
-        None, description="libvirt CPU mode or model; default: host-passthrough or maximum"
+        None, description="libvirt CPU mode or model; default: all that the accelerator has"
     )
     machine: Literal["q35", "pc"] = "q35"
     emulator: str | None = Field(None, description="path of the QEMU to use on the host")
-    hotplug_slots: int = Field(
-        4, ge=0, le=28, description="spare PCIe slots for devices plugged while it runs"
-    )
+    hotplug_slots: int = Field(4, ge=0, le=28, description="spare PCIe slots, for devices plugged later")
     ready: str | None = Field(
         None,
         pattern=r"^(agent|none|console:.+)$",
