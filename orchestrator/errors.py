@@ -10,7 +10,19 @@ console that explain it, and a hint: what the reader can do about it. Errors cro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
+
+_SHOWN_WIDTH = 100
+_SHOWN_PROBLEMS = 50
+
+
+def printable(text: str) -> str:
+    """``text`` on one line and without anything that a terminal would act on."""
+    return "".join(
+        char if char.isprintable() else " " if char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in text
+    )
 
 
 class OrchestratorError(Exception):
@@ -47,11 +59,94 @@ class OrchestratorError(Exception):
             "tail": list(self.tail),
         }
 
+    @classmethod
+    def more_from_wire(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that this class takes beside those of the base class, read from ``data``."""
+        return {}
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A place in a file. Lines and columns count from 1, columns in characters."""
+
+    file: Path
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return printable(f"{self.file}:{self.line}:{self.column}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong in a lab file. As text: a block in the style of compilers.
+
+    :param path: the value as ``guests.web.nics[0].ipv4``; empty for the file as a whole.
+    :param message: a sentence that says what was found and what was expected.
+    :param value: the value that was found, short.
+    :param source: the line of the file, to be shown with a caret.
+    """
+
+    place: Place
+    path: str
+    message: str
+    value: str | None = None
+    expected: str | None = None
+    hint: str | None = None
+    source: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.place}: {self.path}: {self.message}" if self.path else f"{self.place}: {self.message}"]
+        if self.source and self.source.strip():
+            skipped = max(0, self.place.column - _SHOWN_WIDTH * 3 // 4)
+            shown = printable(self.source)[skipped : skipped + _SHOWN_WIDTH].rstrip()
+            lines += [
+                f"{self.place.line:5} | {shown}",
+                f"{'':5} | {' ' * (self.place.column - 1 - skipped)}^",
+            ]
+        if self.hint:
+            lines.append(f"  hint: {self.hint}")
+        return "\n".join(lines)
+
+    def to_wire(self) -> dict[str, Any]:
+        place = {"file": str(self.place.file), "line": self.place.line, "column": self.place.column}
+        return {**vars(self), "place": place}
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> Problem:
+        place = data["place"]
+        return cls(**{**data, "place": Place(Path(place["file"]), place["line"], place["column"])})
+
 
 class SpecError(OrchestratorError):
-    """The lab file is wrong; the message lists every problem with its place."""
+    """The lab file is wrong; the message lists every problem with its place.
+
+    :param problems: the problems one by one; empty where the file could not be read at all.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, problems: Sequence[Problem] = (), **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.problems = tuple(problems)
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> SpecError:
+        """The error that reports ``problems``."""
+        blocks = [str(problem) for problem in problems[:_SHOWN_PROBLEMS]]
+        if len(problems) > _SHOWN_PROBLEMS:
+            blocks.append(f"... and {len(problems) - _SHOWN_PROBLEMS} more problems")
+        return cls("\n".join(blocks), problems=problems)
+
+    def to_wire(self) -> dict[str, Any]:
+        return {**super().to_wire(), "problems": [problem.to_wire() for problem in self.problems]}
+
+    @classmethod
+    def more_from_wire(cls, data: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"problems": [Problem.from_wire(problem) for problem in data.get("problems", [])]}
+        except (KeyError, TypeError):  # the message says it all the same
+            return {}
 
 
 class HostError(OrchestratorError):
@@ -124,4 +219,5 @@ def from_wire(data: dict[str, Any]) -> OrchestratorError:
         hint=data.get("hint"),
         command=data.get("command"),
         tail=[str(line) for line in tail] if isinstance(tail, list) else (),
+        **cls.more_from_wire(data),
     )

@@ -19,6 +19,9 @@ import os
 from pathlib import Path
 
 
+VARIABLES = ("ORCHESTRATOR_STATE", "ORCHESTRATOR_CACHE", "ORCHESTRATOR_RUN")
+
+
 def _place(variable: str, system: str, xdg: str, fallback: str) -> Path:
     if chosen := os.environ.get(variable):
         return Path(chosen).expanduser().absolute()

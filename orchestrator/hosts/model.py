@@ -4,34 +4,34 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
-from orchestrator.spec.base import Part
+from orchestrator.spec.base import Ipv4, Ipv4Net, Part, Whole, room_for_guests
 
 
 class LocalHost(Part):
     """A network namespace of this machine, with an agent and a libvirt of its own."""
 
-    kind: Literal["local"] = "local"
-    address: IPv4Address | None = Field(None, description="address on the underlay; assigned if absent")
-    description: str = ""
+    kind: Literal["local"] = Field("local", description="local: a network namespace of this machine")
+    address: Ipv4 | None = Field(None, description="address on the underlay; assigned if absent")
+    description: str = Field("", description="free text")
 
 
 class SshHost(Part):
     """Any Linux machine that can be reached by SSH."""
 
-    kind: Literal["ssh"]
+    kind: Literal["ssh"] = Field(description="ssh: a machine that is reached by SSH")
     address: str = Field(min_length=1, description="host name or address that SSH connects to")
-    port: int = Field(22, ge=1, le=65535)
-    user: str = Field("root", min_length=1)
+    port: Whole = Field(22, ge=1, le=65535, description="port of its SSH server")
+    user: str = Field("root", min_length=1, description="user to log in as")
     key: Path | None = Field(None, description="private key file; default: the SSH agent and ~/.ssh")
-    known_hosts: Path | None = Field(None, description="default: ~/.ssh/known_hosts")
+    known_hosts: Path | None = Field(None, description="known hosts file; default: ~/.ssh/known_hosts")
     jump: str | None = Field(None, description="[user@]host[:port] to connect through")
-    underlay: IPv4Address | None = Field(
+    underlay: Ipv4 | None = Field(
         None, description="address that the other hosts reach it by; default: what `address` resolves to"
     )
     toolkit: str | None = Field(
@@ -40,7 +40,7 @@ class SshHost(Part):
     libvirt: Literal["auto", "system", "embed"] = Field(
         "auto", description="system: the host's libvirtd; embed: a driver inside the agent, no daemon"
     )
-    description: str = ""
+    description: str = Field("", description="free text")
 
 
 def _kind(value: Any) -> str:
@@ -57,5 +57,7 @@ HostSpec = Annotated[
 class Underlay(Part):
     """The network between the local hosts of the lab. It exists only inside the lab's namespaces."""
 
-    cidr: IPv4Network = IPv4Network("10.213.0.0/24")
-    mtu: int = Field(9000, ge=1280, le=65535)
+    cidr: Ipv4Net = Field(IPv4Network("10.213.0.0/24"), description="addresses of the local hosts")
+    mtu: Whole = Field(9000, ge=1280, le=65535, description="largest packet, in bytes")
+
+    _room = field_validator("cidr")(room_for_guests)

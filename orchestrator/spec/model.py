@@ -21,9 +21,9 @@ class LabSpec(Part):
     """
 
     lab: Name = Field(description="name of the lab")
-    description: str = ""
-    underlay: Underlay = Underlay()
-    hosts: dict[Name, HostSpec] = Field(min_length=1)
-    networks: dict[Name, NetworkSpec] = {}
-    images: dict[Name, ImageSpec] = {}
-    guests: dict[Name, GuestSpec] = {}
+    description: str = Field("", description="free text")
+    underlay: Underlay = Field(Underlay(), description="the network between the local hosts")
+    hosts: dict[Name, HostSpec] = Field(min_length=1, description="computers that guests run on, by name")
+    networks: dict[Name, NetworkSpec] = Field({}, description="networks of the guests, by name")
+    images: dict[Name, ImageSpec] = Field({}, description="disk images beside tiny and debian, by name")
+    guests: dict[Name, GuestSpec] = Field({}, description="virtual machines, by name")

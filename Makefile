@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything installs what it needs by itself; `make setup` says what.
+
+SHELL := /bin/bash
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+RUN := $(SUDO) env PATH="$(CURDIR)/.venv/bin:$$PATH"
+LAB ?= examples/demo.yaml
+
+.PHONY: help setup demo test unit integration lint format lock nested bench bench-up clean
+
+help: ## show this
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: ## install what is missing: system packages, and Python packages into .venv
+	@.ci/setup
+
+demo: setup ## bring up two hosts with four guests, show the result, take it down (KEEP=1 leaves it up)
+	@KEEP=$(KEEP) LAB=$(LAB) $(RUN) examples/demo.sh
+
+test: setup ## all tests: unit, and integration with real guests
+	@$(RUN) .venv/bin/pytest tests/unit tests/integration
+
+unit: setup ## the tests that need no privileges
+	@.venv/bin/pytest tests/unit
+
+integration: setup ## the tests with real guests on this machine
+	@$(RUN) .venv/bin/pytest tests/integration
+
+lint: setup ## ruff, mypy --strict, shellcheck, yamllint
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@git ls-files | xargs grep -lE '^#!.*\b(ba)?sh\b' | xargs shellcheck
+	@.venv/bin/yamllint --strict .
+
+format: setup ## format the Python code
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+lock: ## resolve the Python packages anew
+	@.ci/setup --lock
+
+nested: setup ## the tests on two virtual machines with their own KVM
+	@echo "make nested: there are no nested tests yet (tests/nested is empty): they come with the vagrant hosts" >&2
+	@exit 1
+
+bench: bench-up ## all measurements against peers
+
+bench-up: setup ## from `up` to every guest answering, against bare QEMU
+	@$(RUN) python bench/up.py
+
+clean: ## remove the virtual environment and caches of tools
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

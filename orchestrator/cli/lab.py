@@ -1,0 +1,261 @@
+"""``plan``, ``up``, ``down``: the commands that look at a whole lab and change it."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from orchestrator.apply import Executor, Outcome, apply
+from orchestrator.cli import output
+from orchestrator.cli.output import Format
+from orchestrator.cli.progress import Progress
+from orchestrator.cli.session import (
+    FileOption,
+    LabOption,
+    OutputOption,
+    current,
+    refuse_other_file,
+    transports,
+    wished,
+)
+from orchestrator.errors import (
+    CancelledError,
+    HostError,
+    OrchestratorError,
+    PartialError,
+    StateError,
+)
+from orchestrator.plan.build import build, build_removal
+from orchestrator.plan.observe import observe
+from orchestrator.plan.operations import Impact, Plan
+from orchestrator.spec.resolved import ResolvedLab
+from orchestrator.state import LabState
+
+COLORS = {
+    Impact.CREATE: "green",
+    Impact.LIVE: "cyan",
+    Impact.RESTART: "yellow",
+    Impact.RECREATE: "bold red",
+    Impact.REMOVE: "red",
+}
+SIGNS = {Impact.CREATE: "+", Impact.LIVE: "~", Impact.RESTART: "↻", Impact.RECREATE: "±", Impact.REMOVE: "-"}
+
+JobsOption = Annotated[
+    int, typer.Option("--jobs", "-j", min=1, max=256, help="How many operations may be under way at once.")
+]
+DEFAULT_JOBS = 8
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(plan)
+    app.command()(up)
+    app.command()(down)
+
+
+def show_plan(made: Plan) -> None:
+    for operation in made.operations:
+        color = COLORS[operation.impact]
+        where = f" on {operation.host}" if operation.host and operation.subject != f"host {operation.host}" else ""
+        output.stdout.print(
+            f"[{color}]{SIGNS[operation.impact]} {operation.impact.value:<8}[/] "
+            f"{escape(operation.subject)}{escape(where)}: {escape(operation.summary)}"
+        )
+        for line in operation.detail:
+            output.stdout.print(output.dim(f"             {line}"))
+    for host, problem in made.unreachable.items():
+        output.stdout.print(f"[red]! unreachable[/] host {escape(host)}: {escape(problem)}")
+
+
+def plan(
+    file: FileOption = None,
+    output_format: OutputOption = Format.TABLE,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="End with status 10 if there are changes.")] = False,
+) -> None:
+    """Show what [bold]up[/] would do, and change nothing.
+
+    Each line says what it means for what runs: create, live, restart, recreate (contents are lost) or remove.
+    """
+    lab, _ = wished(file)
+    with transports(lab) as hosts:
+        made = build(lab, observe(lab, hosts.values()))
+    if output_format is not Format.TABLE:
+        output.data(made.to_json(), output_format)
+    elif made or made.unreachable:
+        show_plan(made)
+    else:
+        output.note(f"lab {lab.lab} is as its file says")
+    if made.unreachable:
+        raise typer.Exit(HostError.exit_code)
+    if exit_code and made:
+        raise typer.Exit(10)
+
+
+class _Interrupts:
+    """Ctrl-C while a plan is carried out: asks once on a terminal, stops at once elsewhere."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._pressed = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        def press(*_: object) -> None:
+            self._pressed = True
+
+        before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self) -> bool:
+        if not self._pressed:
+            return False
+        self._pressed = False
+        if not (sys.stdin.isatty() and output.stderr.is_terminal):
+            output.note("stopping: what is half-made is rolled back, what is whole stays")
+            return True
+        self._progress.pause()
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            answer = input("\nStop? What is half-made is rolled back, what is whole stays. [y/N] ")
+        except (KeyboardInterrupt, EOFError):
+            answer = "y"
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self._progress.resume()
+        return answer.strip().lower() in ("y", "yes")
+
+
+def _carry_out(made: Plan, lab: ResolvedLab, state: LabState, hosts: dict[str, Any], jobs: int) -> Outcome:
+    executor = Executor(lab, hosts, lambda: [state.public_key()])
+    try:
+        with Progress() as progress:
+            interrupts = _Interrupts(progress)
+            with interrupts.watching():
+                return apply(made, executor, progress, jobs=jobs, stop=interrupts.stop)
+    finally:
+        executor.close()
+
+
+def _conclude(outcome: Outcome, made: Plan) -> None:
+    """Say what went wrong, if anything.
+
+    :raise OrchestratorError: with the exit status that the command ends with.
+    """
+    for operation, failure in outcome.failed:
+        output.note("")
+        output.error(failure)
+        dependents = [other.subject for other in outcome.skipped if operation.id in other.needs]
+        if dependents:
+            output.note(f"  not done because of this: {', '.join(dict.fromkeys(dependents))}")
+    for host, problem in made.unreachable.items():
+        output.error(HostError(f"host {host} was left out: {problem}", hint="the other hosts went on"))
+    if outcome.cancelled:
+        for operation in outcome.rolled_back:
+            output.note(f"rolled back: {operation.subject}: {operation.summary}")
+        raise CancelledError("stopped by the user", hint="`orchestrator up` goes on, `orchestrator down` removes")
+    if outcome.failed:
+        count = len(outcome.failed)
+        raise PartialError(
+            f"{count} operation{'s' if count > 1 else ''} failed, {len(outcome.done)} done, "
+            f"{len(outcome.skipped)} not tried",
+            hint="mend the cause and run the command again: it does only what is missing",
+        )
+    if made.unreachable:
+        raise HostError(f"{len(made.unreachable)} host(s) did not answer: {', '.join(made.unreachable)}")
+
+
+def up(
+    file: FileOption = None,
+    jobs: JobsOption = DEFAULT_JOBS,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Also recreate guests, which loses their disks.")] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Let this file take over a lab of the same name.")
+    ] = False,
+) -> None:
+    """Make the lab true: create what is missing, change what differs, remove what should not be.
+
+    Run it again at any time: it does only what is missing. Ctrl-C asks once, rolls back what is half-made and keeps
+    what is whole.
+    """
+    began = time.monotonic()
+    lab, state = wished(file)
+    with state.lock(), transports(before := _with_former(lab, state.load())) as hosts:
+        refuse_other_file(state, lab, take_over)
+        made = build(lab, observe(lab, hosts.values()))
+        if not made and not made.unreachable:
+            state.save(lab)
+            output.note(f"lab {lab.lab} is as its file says: nothing to do ({time.monotonic() - began:.1f} s)")
+            return
+        _confirm(made, yes)
+        state.save(before)
+        outcome = _carry_out(made, lab, state, hosts, jobs)
+        cleared = {operation.host for operation in outcome.done if operation.method == "host.remove"}
+        former = {name: host for name, host in before.former_hosts.items() if name not in cleared}
+        state.save(lab.model_copy(update={"former_hosts": former}))
+        _conclude(outcome, made)
+    output.note(
+        f"lab {lab.lab} is up: {len(lab.guests)} guests on {len(lab.hosts)} hosts ({time.monotonic() - began:.1f} s)"
+    )
+
+
+def _with_former(lab: ResolvedLab, before: ResolvedLab | None) -> ResolvedLab:
+    """``lab`` with the hosts that are no longer in it but may still carry something."""
+    if before is None:
+        return lab
+    known = {**before.former_hosts, **before.hosts}
+    gone = {name: host for name, host in known.items() if name not in lab.hosts}
+    return lab.model_copy(update={"former_hosts": gone})
+
+
+def _confirm(made: Plan, yes: bool) -> None:
+    """:raise StateError: contents would be lost, and nobody said yes."""
+    losing = [operation for operation in made.operations if operation.impact is Impact.RECREATE]
+    if not losing or yes:
+        return
+    show_plan(Plan(tuple(losing)))
+    subjects = ", ".join(dict.fromkeys(operation.subject for operation in losing))
+    if sys.stdin.isatty() and typer.confirm(f"The disks of {subjects} are lost. Go on?", default=False):
+        return
+    raise StateError(f"{subjects} would be recreated, which loses the contents of its disks", hint="add --yes")
+
+
+def down(
+    file: FileOption = None,
+    lab_name: LabOption = None,
+    jobs: JobsOption = DEFAULT_JOBS,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Forget the lab even where a host does not answer.")
+    ] = False,
+) -> None:
+    """Remove everything that belongs to the lab, and nothing else. Images stay in the cache."""
+    began = time.monotonic()
+    try:
+        lab, state = current(file, lab_name)
+    except OrchestratorError:
+        if lab_name is not None:
+            raise
+        lab, state = wished(file)  # nothing is remembered: look whether something is there all the same
+    with state.lock(), transports(lab) as hosts:
+        made = build_removal(lab, observe(lab, hosts.values()))
+        if made:
+            outcome = _carry_out(made, lab, state, hosts, jobs)
+            if not outcome.failed and not outcome.cancelled and (forget or not made.unreachable):
+                state.remove()
+            _conclude(outcome, made if not forget else Plan(()))
+        elif made.unreachable and not forget:
+            _conclude(Outcome(), made)
+        else:
+            state.remove()
+    output.note(f"lab {lab.lab} is down ({time.monotonic() - began:.1f} s)")

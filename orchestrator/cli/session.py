@@ -1,0 +1,142 @@
+"""What every command needs: which lab, its hosts, its agents."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.output import Format
+from orchestrator.errors import HostError, NotFoundError, OrchestratorError, SpecError
+from orchestrator.hosts.rpc import Client, Stream
+from orchestrator.hosts.transport import Transport, client, open_host
+from orchestrator.spec.load import load
+from orchestrator.spec.resolve import resolve
+from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab
+from orchestrator.state import LabState, all_labs
+
+DEFAULT_FILE = Path("lab.yaml")
+
+
+def complete_guests(incomplete: str) -> list[str]:
+    """Shell completion: guests of every lab that is up."""
+    with contextlib.suppress(OrchestratorError):
+        found = [name for lab in all_labs() for name in LabState(lab).get().guests]
+        return [name for name in found if name.startswith(incomplete)]
+    return []
+
+
+def complete_labs(incomplete: str) -> list[str]:
+    return [lab for lab in all_labs() if lab.startswith(incomplete)]
+
+
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", envvar="ORCHESTRATOR_FILE", help="The lab file. Default: lab.yaml here."),
+]
+LabOption = Annotated[
+    str | None,
+    typer.Option(
+        "--lab", "-l", envvar="ORCHESTRATOR_LAB", help="A lab that is up, by name.", autocompletion=complete_labs
+    ),
+]
+OutputOption = Annotated[
+    Format, typer.Option("--output", "-o", envvar="ORCHESTRATOR_OUTPUT", help="How to print the result.")
+]
+GuestArgument = Annotated[str, typer.Argument(help="Name of the guest.", autocompletion=complete_guests)]
+
+
+def wished(file: Path | None) -> tuple[ResolvedLab, LabState]:
+    """The lab as its file wishes it, resolved with what was assigned before.
+
+    :raise SpecError: the file is wrong.
+    """
+    loaded = load(file or DEFAULT_FILE)
+    state = LabState(loaded.spec.lab)
+    return resolve(loaded.spec, loaded.file.absolute(), state.load()), state
+
+
+def current(file: Path | None, lab: str | None) -> tuple[ResolvedLab, LabState]:
+    """The lab to look at: ``--lab``, else the one of the lab file, else the only one that is up.
+
+    :raise NotFoundError: there is none, or there are several.
+    """
+    if lab is None and (file is not None or DEFAULT_FILE.exists()):
+        lab = load(file or DEFAULT_FILE).spec.lab
+    if lab is None:
+        labs = all_labs()
+        if len(labs) != 1:
+            raise NotFoundError(
+                f"several labs are up: {', '.join(labs)}" if labs else "no lab is up",
+                hint="name one with --lab" if labs else "orchestrator up -f FILE",
+            )
+        lab = labs[0]
+    state = LabState(lab)
+    return state.get(), state
+
+
+@contextlib.contextmanager
+def transports(lab: ResolvedLab) -> Iterator[dict[str, Transport]]:
+    """Every host of the lab, also those that it had before and that are not cleared yet."""
+    opened = {name: open_host(lab, name) for name in {**lab.former_hosts, **lab.hosts}}
+    try:
+        yield opened
+    finally:
+        for transport in opened.values():
+            transport.close()
+
+
+def guest_of(lab: ResolvedLab, name: str) -> ResolvedGuest:
+    """:raise NotFoundError: with the guests that there are."""
+    if name not in lab.guests:
+        raise NotFoundError(
+            f"lab {lab.lab} has no guest {name}", hint=f"its guests: {', '.join(lab.guests) or 'none'}"
+        )
+    return lab.guests[name]
+
+
+class GuestSession:
+    """One guest of a lab that is up, and the agent of its host."""
+
+    def __init__(self, guest: str, file: Path | None, lab: str | None) -> None:
+        self.lab, self.state = current(file, lab)
+        self.guest = guest_of(self.lab, guest)
+        self.transport = open_host(self.lab, self.guest.host)
+
+    def __enter__(self) -> GuestSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.transport.close()
+
+    def _client(self) -> Client:
+        try:
+            return client(self.transport)
+        except HostError:
+            if not self.transport.facts().present:
+                raise
+            self.transport.start_agent()
+            return client(self.transport)
+
+    def call(self, method: str, progress: Callable[[str], None] | None = None, **params: Any) -> Any:
+        with self._client() as agent:
+            return agent.call(method, {"guest": self.guest.name, **params}, progress=progress)
+
+    def open(self, method: str, **params: Any) -> Stream:
+        _, stream = self._client().open(method, {"guest": self.guest.name, **params})
+        return stream
+
+
+def refuse_other_file(state: LabState, lab: ResolvedLab, take_over: bool) -> None:
+    """:raise SpecError: a lab of this name is up from another file, and would be changed into this one."""
+    before = state.load()
+    if before and before.file != lab.file and before.file.exists() and not take_over:
+        raise SpecError(
+            f"lab {lab.lab} is up from another file: {before.file}",
+            hint="give this one another name (`lab:`), or make it follow this file with --take-over",
+        )

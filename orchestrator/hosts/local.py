@@ -1,0 +1,293 @@
+"""Hosts of kind ``local``: network namespaces of this machine.
+
+One namespace per host, ``orc.LAB.HOST``, and one, ``orc.LAB``, that holds nothing but the underlay's bridge, so that
+no link of a lab appears among the machine's own. Each namespace's ``lo`` carries the ownership mark as its alias.
+A network with an uplink adds one veth pair to the machine's namespace, with routes to the guests' addresses; the next
+hops are IPv6 link-local addresses (RFC 5549), so that no address of the machine's own networks is used up.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute, NetNS, netns
+from pyroute2.netlink.exceptions import NetlinkError
+
+from orchestrator import names
+from orchestrator.errors import HostError, TakenError
+from orchestrator.hosts import agentproc
+from orchestrator.hosts.agentproc import AgentPlace
+from orchestrator.hosts.rpc import Progress, Stream
+from orchestrator.hosts.transport import HostFacts
+from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
+
+NETNS_DIR = Path("/run/netns")
+UNDERLAY = "underlay"
+UPLINK = "uplink"
+ROOT_NEXT_HOP = "fe80::1"
+HOST_NEXT_HOP = "fe80::2"
+
+
+def _index(ip: IPRoute, name: str) -> int | None:
+    found = ip.link_lookup(ifname=name)
+    return int(found[0]) if found else None
+
+
+def _alias(ip: IPRoute, index: int) -> str | None:
+    alias = ip.link("get", index=index)[0].get("ifalias")
+    return str(alias) if alias else None
+
+
+@contextmanager
+def _inside(namespace: str) -> Iterator[IPRoute]:
+    with NetNS(namespace, flags=0) as ip:
+        yield ip
+
+
+class LocalTransport:
+    """A network namespace of this machine, with an agent and an embedded libvirt of its own."""
+
+    shares_files = True
+
+    def __init__(self, lab: ResolvedLab, host: ResolvedHost) -> None:
+        self.host = host
+        self.lab = lab
+        self.place = AgentPlace.of(lab.lab, lab.uid, host.name, "embed")
+        self.state_dir = self.place.state_dir
+        self.namespace = names.namespace(lab.lab, host.name)
+        self.underlay_namespace = names.namespace(lab.lab)
+        self._port = names.link("h", lab.uid, host.name)
+        self._uplink = names.link("u", lab.uid, host.name)
+
+    # -- what is there -------------------------------------------------------------------------------------------
+
+    def _exists(self, namespace: str) -> bool:
+        """:raise TakenError: the namespace is there but is not ours."""
+        if not (NETNS_DIR / namespace).exists():
+            return False
+        try:
+            with _inside(namespace) as ip:
+                owner = names.parse_mark(_alias(ip, 1))
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a file left by a machine that went down: nothing is mounted on it
+                return False
+            raise
+        if owner is None or owner[0] != self.lab.uid:
+            raise TakenError(
+                f"network namespace {namespace} belongs to somebody else",
+                hint=f"rename the lab, or remove it: ip netns del {namespace}",
+            )
+        return True
+
+    def _uplink_routes(self) -> set[str]:
+        """Addresses of the guests here that the machine's own namespace routes to."""
+        return {
+            address
+            for guest in self.lab.guests_of(self.host.name)
+            for nic in guest.nics
+            if self.lab.networks[nic.network].uplink
+            for address in nic.addresses
+        }
+
+    def facts(self) -> HostFacts:
+        _need_root()
+        if not (self._exists(self.underlay_namespace) and self._exists(self.namespace)):
+            return HostFacts()
+        problems = []
+        with _inside(self.namespace) as ip:
+            index = _index(ip, UNDERLAY)
+            wanted = f"{self.host.underlay}/{self.lab.underlay_prefix}"
+            if index is None:
+                problems.append("the underlay's link is missing")
+            else:
+                link = ip.link("get", index=index)[0]
+                if link.get("mtu") != self.lab.underlay_mtu:
+                    problems.append(f"underlay mtu: {link.get('mtu')} → {self.lab.underlay_mtu}")
+                have = [
+                    f"{a.get('local') or a.get('address')}/{a['prefixlen']}"
+                    for a in ip.get_addr(index=index, family=2)
+                ]
+                if have != [wanted]:
+                    problems.append(f"underlay address: {', '.join(have) or 'none'} → {wanted}")
+        wanted_routes = self._uplink_routes()
+        have_routes = self._have_routes()
+        if wanted_routes != have_routes:
+            problems.append(f"uplink routes: {len(have_routes)} → {len(wanted_routes)}")
+        agent = agentproc.answers(self.place)
+        return HostFacts(present=True, agent=agent, problems=tuple(problems))
+
+    def _have_routes(self) -> set[str]:
+        with IPRoute() as ip:
+            index = _index(ip, self._uplink)
+            if index is None:
+                return set()
+            self._check_uplink_is_ours(ip, index)
+            return {
+                str(route.get("dst"))
+                for family, full in ((2, 32), (10, 128))
+                for route in ip.get_routes(family=family, oif=index, table=254)
+                if route["dst_len"] == full and not str(route.get("dst")).startswith("fe80")
+            }
+
+    def _check_uplink_is_ours(self, ip: IPRoute, index: int) -> None:
+        owner = names.parse_mark(_alias(ip, index))
+        if owner is None or owner[0] != self.lab.uid:
+            raise TakenError(f"link {self._uplink} belongs to somebody else", hint=f"ip link del {self._uplink}")
+
+    # -- making it -----------------------------------------------------------------------------------------------
+
+    def ensure(self, progress: Progress) -> None:
+        _need_root()
+        progress("network namespace")
+        self._ensure_namespace(self.underlay_namespace, "underlay")
+        self._ensure_namespace(self.namespace, self.host.name)
+        self._ensure_underlay()
+        self._ensure_uplink()
+        progress("agent")
+        self.start_agent()
+
+    def start_agent(self) -> None:
+        agentproc.start(self.place, prefix=["ip", "netns", "exec", self.namespace])
+
+    def _ensure_namespace(self, namespace: str, name: str) -> None:
+        if self._exists(namespace):
+            return
+        stale = NETNS_DIR / namespace
+        if stale.exists():
+            stale.unlink()
+        try:
+            netns.create(namespace)
+        except FileExistsError:
+            pass  # another host of this lab made it at the same time
+        with _inside(namespace) as ip:
+            ip.link("set", index=1, state="up", ifalias=names.mark(self.lab.uid, "host", name))
+
+    def _ensure_underlay(self) -> None:
+        mtu = self.lab.underlay_mtu
+        with _inside(self.underlay_namespace) as ip:
+            bridge = _index(ip, UNDERLAY)
+            if bridge is None:
+                _ignore_existing(lambda: ip.link("add", ifname=UNDERLAY, kind="bridge"))
+                bridge = _index(ip, UNDERLAY)
+            ip.link("set", index=bridge, state="up", mtu=mtu)
+            port = _index(ip, self._port)
+            if port is None:
+                ip.link(
+                    "add",
+                    ifname=self._port,
+                    kind="veth",
+                    peer={"ifname": UNDERLAY, "net_ns_fd": self.namespace},
+                )
+                port = _index(ip, self._port)
+            ip.link("set", index=port, master=bridge, mtu=mtu, state="up")
+        with _inside(self.namespace) as ip:
+            index = _index(ip, UNDERLAY)
+            ip.link("set", index=index, mtu=mtu, state="up")
+            wanted = (self.host.underlay, self.lab.underlay_prefix)
+            for address in ip.get_addr(index=index, family=2):
+                if (address.get("address"), address["prefixlen"]) != wanted:
+                    ip.addr("del", index=index, address=address.get("address"), prefixlen=address["prefixlen"])
+            ip.addr("replace", index=index, address=wanted[0], prefixlen=wanted[1])
+
+    def _ensure_uplink(self) -> None:
+        wanted = self._uplink_routes()
+        with IPRoute() as ip:
+            index = _index(ip, self._uplink)
+            if index is not None:
+                self._check_uplink_is_ours(ip, index)
+            if not wanted:
+                if index is not None:
+                    ip.link("del", index=index)
+                return
+            if index is None:
+                ip.link("add", ifname=self._uplink, kind="veth", peer={"ifname": UPLINK, "net_ns_fd": self.namespace})
+                index = _index(ip, self._uplink)
+                ip.link("set", index=index, state="up", ifalias=names.mark(self.lab.uid, "uplink", self.host.name))
+            with _inside(self.namespace) as inside:
+                peer = _index(inside, UPLINK)
+                inside.link("set", index=peer, state="up")
+                inside.addr("replace", index=peer, address=HOST_NEXT_HOP, prefixlen=64, flags=0x02)  # nodad
+                ip.addr("replace", index=index, address=ROOT_NEXT_HOP, prefixlen=64, flags=0x02)
+                for family in (2, 10):
+                    inside.route("replace", **_default(family), oif=peer, **_via(family, ROOT_NEXT_HOP))
+            for address in wanted:
+                family, plen = (10, 128) if ":" in address else (2, 32)
+                ip.route("replace", dst=f"{address}/{plen}", oif=index, **_via(family, HOST_NEXT_HOP))
+            for address in self._have_routes() - wanted:
+                family, plen = (10, 128) if ":" in address else (2, 32)
+                ip.route("del", dst=f"{address}/{plen}", oif=index, family=family)
+
+    # -- taking it away ------------------------------------------------------------------------------------------
+
+    def remove(self, progress: Progress) -> None:
+        _need_root()
+        progress("agent")
+        agentproc.stop(self.place)
+        with IPRoute() as ip:
+            index = _index(ip, self._uplink)
+            if index is not None:
+                self._check_uplink_is_ours(ip, index)
+                ip.link("del", index=index)
+        progress("network namespace")
+        self._remove_namespace(self.namespace)
+        if not self._exists(self.underlay_namespace):
+            return
+        with _inside(self.underlay_namespace) as ip:
+            port = _index(ip, self._port)
+            if port is not None:
+                ip.link("del", index=port)
+            last = all(link.get("ifname") in ("lo", UNDERLAY) for link in ip.get_links())
+        if last:
+            self._remove_namespace(self.underlay_namespace)
+
+    def _remove_namespace(self, namespace: str) -> None:
+        if not self._exists(namespace):
+            (NETNS_DIR / namespace).unlink(missing_ok=True)
+            return
+        for pid in netns.ns_pids().get(namespace, []):
+            start = agentproc.start_time(pid)
+            if start is not None and pid != os.getpid():
+                agentproc.end_process(pid, start, f"a process in {namespace}")
+        try:
+            netns.remove(namespace)
+        except FileNotFoundError:
+            pass  # another host of this lab removed it at the same time
+
+    # -- talking to it -------------------------------------------------------------------------------------------
+
+    def stream(self) -> Stream:
+        return agentproc.connect(self.place)
+
+    def close(self) -> None:
+        pass
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        raise HostError(
+            "local hosts are network namespaces, which only root can make",
+            hint="run the command with sudo, or use hosts of kind ssh",
+        )
+
+
+def _default(family: int) -> dict[str, Any]:
+    return {"dst": "default", "family": family}
+
+
+def _via(family: int, next_hop: str) -> dict[str, Any]:
+    return {"via": {"family": 10, "addr": next_hop}} if family == 2 else {"gateway": next_hop}
+
+
+def _ignore_existing(make: Any) -> None:
+    try:
+        make()
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise

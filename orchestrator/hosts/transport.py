@@ -1,0 +1,80 @@
+"""How a host is reached. Everything above this module is the same for every kind of host."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from orchestrator.hosts.rpc import Client, Progress, Stream
+from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What can be seen of a host without its agent.
+
+    :param present: the host can be worked on: its namespace exists, or it answers to SSH.
+    :param agent: its agent answers.
+    :param problems: what differs from the wish, in words; empty when nothing does.
+    """
+
+    present: bool = False
+    agent: bool = False
+    problems: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"present": self.present, "agent": self.agent, "problems": list(self.problems)}
+
+
+class Transport(Protocol):
+    """One host of one lab."""
+
+    host: ResolvedHost
+    shares_files: bool
+    """The host sees this machine's files at the same paths, so that images need not be copied."""
+
+    def facts(self) -> HostFacts:
+        """:raise HostError: the host does not answer."""
+
+    def ensure(self, progress: Progress) -> None:
+        """Make the host and its agent; does nothing where all is as wished.
+
+        :raise HostError: the host does not answer, or the agent does not start.
+        :raise TakenError: a name that we need belongs to somebody else.
+        """
+
+    def start_agent(self) -> None:
+        """Start the agent of a host that is there.
+
+        :raise HostError: it does not start.
+        """
+
+    def remove(self, progress: Progress) -> None:
+        """Stop the agent and remove all that :meth:`ensure` made; does nothing where there is nothing."""
+
+    def stream(self) -> Stream:
+        """A new byte stream to the agent.
+
+        :raise HostError: there is no agent, or the host does not answer.
+        """
+
+    def close(self) -> None: ...
+
+
+def client(transport: Transport) -> Client:
+    """A new connection to the host's agent."""
+    return Client(transport.stream(), transport.host.name)
+
+
+def open_host(lab: ResolvedLab, name: str) -> Transport:
+    """The transport for one host of ``lab``; nothing is connected yet."""
+    host = lab.hosts.get(name) or lab.former_hosts[name]
+    if host.spec.kind == "local":
+        from orchestrator.hosts.local import LocalTransport
+
+        return LocalTransport(lab, host)
+    from orchestrator.hosts.ssh import SshTransport  # paramiko takes 0.2 s to import
+
+    return SshTransport(lab, host)

@@ -1,0 +1,108 @@
+"""The plan as data: operations that read no state and change nothing until they are carried out."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from orchestrator.guests.domain import GuestFacts
+from orchestrator.hosts.transport import HostFacts
+from orchestrator.switch.bridge import NetworkFacts
+
+
+class Impact(StrEnum):
+    """What carrying an operation out means for what runs."""
+
+    CREATE = "create"
+    LIVE = "live"
+    RESTART = "restart"
+    RECREATE = "recreate"
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True)
+class Undo:
+    """The call that takes an operation back."""
+
+    method: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step.
+
+    :param id: unique in its plan; ``needs`` of others refer to it.
+    :param subject: what it is about, such as ``guest web``; what belongs together is rolled back together.
+    :param method: a call of the host's agent; ``host.ensure``, ``host.remove`` and ``image.ensure`` are carried
+        out by the command line.
+    :param image: name of the image whose files the call gets as its parameter ``image``.
+    :param detail: what differs, one line each, ``key: observed → wished``.
+    """
+
+    id: str
+    host: str
+    subject: str
+    summary: str
+    impact: Impact
+    method: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    detail: tuple[str, ...] = ()
+    image: str | None = None
+    undo: Undo | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "host": self.host,
+            "subject": self.subject,
+            "summary": self.summary,
+            "impact": self.impact.value,
+            "method": self.method,
+            "needs": list(self.needs),
+            "detail": list(self.detail),
+        }
+
+
+@dataclass(frozen=True)
+class ObservedHost:
+    """Everything observed of one host. ``problem`` is set where it did not answer."""
+
+    facts: HostFacts = field(default_factory=HostFacts)
+    networks: tuple[NetworkFacts, ...] = ()
+    guests: tuple[GuestFacts, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class ObservedLab:
+    """Everything observed. ``images``: name → the cached image's id, None where it must be built or fetched."""
+
+    hosts: Mapping[str, ObservedHost] = field(default_factory=dict)
+    images: Mapping[str, str | None] = field(default_factory=dict)
+
+    def guests(self) -> Iterable[GuestFacts]:
+        for host in self.hosts.values():
+            yield from host.guests
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Operations in an order that respects their needs, and the hosts that could not be asked."""
+
+    operations: tuple[Operation, ...]
+    unreachable: Mapping[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.operations)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "operations": [operation.to_json() for operation in self.operations],
+            "unreachable": dict(self.unreachable),
+        }

@@ -1,0 +1,201 @@
+"""A lab in other forms: status as data, graphs, an Ansible inventory, an ssh_config."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from enum import StrEnum
+from typing import Any
+
+from orchestrator import paths
+from orchestrator.plan.operations import ObservedLab, Plan
+from orchestrator.run import run
+from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab
+from orchestrator.state import LabState
+
+
+class GraphFormat(StrEnum):
+    MERMAID = "mermaid"
+    DOT = "dot"
+    SVG = "svg"
+
+
+def status(lab: ResolvedLab, observed: ObservedLab, plan: Plan) -> dict[str, Any]:
+    """What ``status`` shows. Sizes in bytes, ``since`` in seconds since the epoch."""
+    hosts = []
+    for name, host in lab.hosts.items():
+        seen = observed.hosts[name]
+        hosts.append(
+            {
+                "name": name,
+                "kind": host.spec.kind,
+                "underlay": host.underlay,
+                "state": "unreachable" if seen.problem else "up" if seen.facts.present else "absent",
+                "problem": seen.problem,
+                "guests": len(seen.guests),
+                "networks": [facts.to_json() for facts in seen.networks],
+            }
+        )
+    guests = []
+    known = {facts.name: facts for facts in observed.guests()}
+    for name, wish in lab.guests.items():
+        facts = known.pop(name, None)
+        addresses = [address for nic in wish.nics for address in nic.addresses]
+        if facts is None:
+            where = observed.hosts[wish.host]
+            guests.append(_guest(wish, "unknown" if where.problem else "absent") | {"addresses": addresses})
+            continue
+        state = "starting" if facts.state == "running" and not facts.ready else facts.state
+        guests.append(
+            {
+                "name": name,
+                "host": facts.host,
+                "state": state,
+                "reason": facts.reason,
+                "ready": facts.ready,
+                "vcpus": facts.vcpus,
+                "memory": facts.memory,
+                "accel": facts.accel,
+                "image": facts.image,
+                "addresses": addresses,
+                "since": facts.since,
+                "tail": facts.tail,
+            }
+        )
+    return {
+        "lab": lab.lab,
+        "file": str(lab.file),
+        "hosts": hosts,
+        "guests": guests,
+        "changes": len(plan.operations),
+    }
+
+
+def _guest(wish: ResolvedGuest, state: str) -> dict[str, Any]:
+    return {
+        "name": wish.name,
+        "host": wish.host,
+        "state": state,
+        "reason": "",
+        "ready": False,
+        "vcpus": wish.vcpus,
+        "memory": wish.memory,
+        "accel": wish.accel,
+        "image": wish.image,
+        "since": None,
+        "tail": [],
+    }
+
+
+def _network_label(lab: ResolvedLab, name: str) -> str:
+    network = lab.networks[name]
+    return " ".join(part for part in (name, network.ipv4, network.ipv6) if part)
+
+
+def graph(lab: ResolvedLab, kind: GraphFormat) -> str:
+    """The lab as a Mermaid flowchart, Graphviz source or SVG.
+
+    :raise CommandError: SVG needs Graphviz.
+    """
+    if kind is GraphFormat.MERMAID:
+        return _mermaid(lab)
+    dot = _dot(lab)
+    if kind is GraphFormat.DOT:
+        return dot
+    return run(["dot", "-Tsvg"], feed=dot.encode(), hint="install graphviz, or use --format mermaid").stdout.decode()
+
+
+def _mermaid(lab: ResolvedLab) -> str:
+    lines = ["flowchart LR"]
+    for host in lab.hosts.values():
+        lines.append(f'  subgraph host_{host.name}["{host.name} ({host.spec.kind}, {host.underlay})"]')
+        lines += [f'    guest_{guest.name}["{guest.name}"]' for guest in lab.guests_of(host.name)]
+        lines.append("  end")
+    lines += [f'  network_{name}(("{_network_label(lab, name)}"))' for name in lab.networks]
+    for guest in lab.guests.values():
+        for nic in guest.nics:
+            label = "<br/>".join(nic.addresses) or nic.mac
+            lines.append(f'  guest_{guest.name} ---|"{label}"| network_{nic.network}')
+    return "\n".join(lines)
+
+
+def _dot(lab: ResolvedLab) -> str:
+    quote = json.dumps
+    lines = [f"graph {quote(lab.lab)} {{", "  rankdir=LR;", '  node [shape=box, fontname="sans-serif"];']
+    for host in lab.hosts.values():
+        lines.append(f"  subgraph {quote('cluster_' + host.name)} {{")
+        lines.append(f"    label={quote(f'{host.name} ({host.spec.kind}, {host.underlay})')};")
+        lines += [
+            f"    {quote('guest ' + guest.name)} [label={quote(guest.name)}];" for guest in lab.guests_of(host.name)
+        ]
+        lines.append("  }")
+    lines += [
+        f"  {quote('network ' + name)} [shape=ellipse, label={quote(_network_label(lab, name))}];"
+        for name in lab.networks
+    ]
+    for guest in lab.guests.values():
+        for nic in guest.nics:
+            label = quote("\n".join(nic.addresses) or nic.mac)
+            lines.append(f"  {quote('guest ' + guest.name)} -- {quote('network ' + nic.network)} [label={label}];")
+    return "\n".join([*lines, "}"])
+
+
+def ssh_arguments(guest: ResolvedGuest, state: LabState, port: int = 22) -> dict[str, str]:
+    """The ssh_config options by which a guest is reached, through its host's agent."""
+    moved = [f"{name}={os.environ[name]}" for name in paths.VARIABLES if name in os.environ]
+    prefix = ["env", *moved] if moved else []
+    command = [*prefix, sys.executable, "-m", "orchestrator", "connect", "--lab", state.lab, guest.name, str(port)]
+    return {
+        "User": "root",
+        "IdentityFile": str(state.ssh_key),
+        "IdentitiesOnly": "yes",
+        "HostKeyAlias": f"{state.lab}.{guest.name}",
+        "UserKnownHostsFile": str(state.known_hosts),
+        "StrictHostKeyChecking": "accept-new",
+        "ProxyCommand": shlex.join(command).replace("%", "%%"),
+        "LogLevel": "ERROR",
+    }
+
+
+def ssh_config(lab: ResolvedLab, state: LabState) -> str:
+    lines = []
+    for guest in lab.guests.values():
+        lines.append(f"Host {guest.name} {lab.lab}.{guest.name}")
+        lines += [f"  {key} {value}" for key, value in ssh_arguments(guest, state).items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def inventory(lab: ResolvedLab, state: LabState) -> dict[str, Any]:
+    """An Ansible inventory: group ``lab_hosts`` and one group of guests per host."""
+    groups: dict[str, Any] = {"lab_hosts": {"hosts": {}}, "guests": {"children": {}}}
+    for name, host in lab.hosts.items():
+        groups["lab_hosts"]["hosts"][name] = _host_variables(host.spec)
+        members = {}
+        for guest in lab.guests_of(name):
+            options = ssh_arguments(guest, state)
+            members[guest.name] = {
+                "ansible_user": "root",
+                "ansible_ssh_private_key_file": str(state.ssh_key),
+                "ansible_ssh_common_args": " ".join(
+                    f"-o {key}={shlex.quote(value)}" for key, value in options.items() if key != "User"
+                ),
+                "addresses": [address for nic in guest.nics for address in nic.addresses],
+            }
+        groups["guests"]["children"][f"guests_on_{name.replace('-', '_')}"] = {"hosts": members}
+    return {"all": {"children": groups}}
+
+
+def _host_variables(spec: Any) -> dict[str, Any]:
+    if spec.kind == "local":
+        return {"ansible_connection": "local"}
+    found: dict[str, Any] = {"ansible_host": spec.address, "ansible_port": spec.port, "ansible_user": spec.user}
+    if spec.key:
+        found["ansible_ssh_private_key_file"] = str(spec.key)
+    if spec.jump:
+        found["ansible_ssh_common_args"] = f"-J {spec.jump}"
+    return found

@@ -1,0 +1,212 @@
+"""What a lab must be beyond the shape of its parts: names that exist, addresses that fit and are unique."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Hashable, Iterable
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from xml.etree import ElementTree
+
+from ruamel.yaml.nodes import MappingNode
+
+from orchestrator.hosts.model import LocalHost
+from orchestrator.spec.model import LabSpec
+from orchestrator.spec.node import Keys, Node
+from orchestrator.spec.report import Report, nearest_or_all, show, spell, wrong
+from orchestrator.spec.yamltree import MalformedError, compose
+from orchestrator.switch.model import NicSpec
+
+BUILT_IN_IMAGES = ("tiny", "debian")
+
+Network = IPv4Network | IPv6Network
+Address = IPv4Address | IPv6Address
+
+
+def check(spec: LabSpec, tree: Node, report: Report) -> None:
+    """Report everything that is wrong between the parts of ``spec``.
+
+    :param tree: the file. It may have entries that ``spec`` lacks, because they are wrong in themselves; what
+        refers to those is not looked at.
+    """
+    checks = _Checks(spec, tree, report)
+    checks.hosts()
+    checks.networks()
+    checks.images()
+    checks.guests()
+    checks.nics()
+
+
+class _Checks:
+    def __init__(self, spec: LabSpec, tree: Node, report: Report) -> None:
+        self.spec = spec
+        self.tree = tree
+        self.report = report
+
+    def hosts(self) -> None:
+        taken: list[tuple[Hashable, Keys]] = []
+        for name, host in self.spec.hosts.items():
+            if isinstance(host, LocalHost):
+                keys: Keys = ("hosts", name, "address")
+                address = host.address
+                if address and (fault := _unusable(address, self.spec.underlay.cidr)):
+                    self._wrong(keys, fault)
+            else:
+                keys = ("hosts", name, "underlay")
+                address = host.underlay
+            if address:
+                taken.append((address, keys))
+        self._unique(taken)
+
+    def networks(self) -> None:
+        ranges: list[tuple[Network, Keys]] = []
+        if any(isinstance(host, LocalHost) for host in self.spec.hosts.values()):
+            ranges.append((self.spec.underlay.cidr, ("underlay", "cidr")))
+        for name, network in self.spec.networks.items():
+            ranges += [
+                (cidr, ("networks", name, f"ipv{cidr.version}")) for cidr in (network.ipv4, network.ipv6) if cidr
+            ]
+        self._disjoint(ranges)
+        self._unique(
+            (net.bridge, ("networks", name, "bridge")) for name, net in self.spec.networks.items() if net.bridge
+        )
+
+    def images(self) -> None:
+        for name, image in self.spec.images.items():
+            if name in BUILT_IN_IMAGES:
+                self._say(("images", name), f"{name!r} is the name of a built-in image", hint="choose another name")
+            self._console(image.ready, ("images", name, "ready"))
+
+    def guests(self) -> None:
+        hosts, images = self._names("hosts"), {*self._names("images"), *BUILT_IN_IMAGES}
+        for name, guest in self.spec.guests.items():
+            at: Keys = ("guests", name)
+            self._known(guest.host, (*at, "host"), "the name of a host", hosts)
+            self._known(guest.image, (*at, "image"), "the name of an image", images)
+            self._console(guest.ready, (*at, "ready"))
+            self._unique((disk.name, (*at, "disks", i, "name")) for i, disk in enumerate(guest.disks))
+            if guest.user_data is not None and (fault := _user_data_fault(guest.user_data)):
+                self._say((*at, "user_data"), fault)
+            if guest.xml is not None and (fault := _xml_fault(guest.xml)):
+                self._say((*at, "xml"), fault)
+
+    def nics(self) -> None:
+        nics: list[tuple[NicSpec, Keys]] = [
+            (nic, ("guests", name, "nics", index))
+            for name, guest in self.spec.guests.items()
+            for index, nic in enumerate(guest.nics)
+        ]
+        names = self._names("networks")
+        addresses: list[tuple[Hashable, Keys]] = []
+        for nic, at in nics:
+            self._known(nic.network, (*at, "network"), "the name of a network", names)
+            for address in (nic.ipv4, nic.ipv6):
+                if address:
+                    keys = (*at, f"ipv{address.version}")
+                    addresses.append(((nic.network, address), keys))
+                    self._fits(address, nic.network, keys)
+        self._unique(addresses)
+        self._unique((nic.mac, (*at, "mac")) for nic, at in nics if nic.mac)
+
+    def _fits(self, address: Address, name: str, keys: Keys) -> None:
+        network = self.spec.networks.get(name)
+        if network is None:
+            return
+        cidr = network.ipv4 if isinstance(address, IPv4Address) else network.ipv6
+        if cidr is None:
+            self._say(
+                keys,
+                f"the network {name!r} has no IPv{address.version} addresses",
+                hint=f"give networks.{name} an `ipv{address.version}:`",
+            )
+        elif fault := _unusable(address, cidr):
+            self._wrong(keys, fault)
+
+    def _disjoint(self, ranges: list[tuple[Network, Keys]]) -> None:
+        """Report ranges that overlap. CIDRs are nested or disjoint, so one sweep in their order finds all."""
+        order = {keys: index for index, (_, keys) in enumerate(ranges)}
+        widest: tuple[Network, Keys] | None = None
+        for found in sorted(ranges, key=lambda r: (r[0].version, int(r[0].network_address), r[0].prefixlen)):
+            if widest and widest[0].version == found[0].version and found[0].network_address in widest[0]:
+                (_, first), (cidr, second) = sorted((widest, found), key=lambda r: order[r[1]])
+                other = found[0] if second == widest[1] else widest[0]
+                self._say(second, f"{show(str(cidr))} overlaps {other}, which is {self._spell(first)}")
+            else:
+                widest = found
+
+    def _console(self, ready: str | None, keys: Keys) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a regular expression that may change its meaning still is one
+                re.compile((ready or "").removeprefix("console:"))
+        except (re.error, OverflowError, RecursionError) as error:
+            self._wrong(keys, f"console: and a regular expression ({error})")
+
+    def _names(self, section: str) -> Collection[str]:
+        node, left = self.tree.nearest((section,))
+        return set() if left else node.value.keys()
+
+    def _known(self, name: str, keys: Keys, what: str, names: Collection[str]) -> None:
+        if name not in names:
+            self._wrong(keys, what, hint=nearest_or_all(name, names))
+
+    def _unique(self, found: Iterable[tuple[Hashable, Keys]]) -> None:
+        first: dict[Hashable, Keys] = {}
+        for value, keys in found:
+            if value in first:
+                shown = show(self.tree.nearest(keys)[0].value)
+                self._say(keys, f"{shown} is taken by {self._spell(first[value])}")
+            else:
+                first[value] = keys
+
+    def _spell(self, keys: Keys) -> str:
+        node, left = self.tree.nearest(keys)
+        return f"{spell(keys)} ({node.place})" if len(left) < len(keys) else f"{spell(keys)} (the default)"
+
+    def _wrong(self, keys: Keys, expected: str, hint: str | None = None) -> None:
+        self.report.wrong(self.tree.nearest(keys)[0], expected, hint)
+
+    def _say(self, keys: Keys, message: str, hint: str | None = None) -> None:
+        self.report.add(self.tree.nearest(keys)[0], message, hint=hint)
+
+
+def _unusable(address: Address, network: Network) -> str | None:
+    """Why ``address`` cannot be given to a host or guest of ``network``, as what was expected."""
+    if address not in network:
+        return f"an address of {network}"
+    if address == network.network_address:
+        return "a free address: it is the network itself"
+    if address == network.network_address + 1:
+        return "a free address: it is the gateway's"
+    if isinstance(network, IPv4Network) and address == network.broadcast_address:
+        return "a free address: it is the broadcast address"
+    return None
+
+
+def _user_data_fault(text: str) -> str | None:
+    """What keeps cloud-init from reading ``text``."""
+    if text.startswith(("#!", "## template:")):
+        return None
+    try:
+        root = compose(text)
+    except MalformedError as error:
+        return f"line {error.line} of the user data: {error.message}"
+    if isinstance(root, MappingNode) or (root is None and text.startswith("#cloud-config")):
+        return None
+    return wrong(text, "cloud-init user data: a script that begins with #!, or a YAML mapping")
+
+
+def _xml_fault(text: str) -> str | None:
+    """What keeps ``text`` from being elements that can stand in a domain's XML."""
+    if re.search(r"<!(DOCTYPE|ENTITY)", text, re.IGNORECASE):
+        return "document type and entity declarations are not allowed in XML here"
+    try:
+        root = ElementTree.fromstring(f"<x>\n{text}</x>")
+    except ElementTree.ParseError as error:
+        return f"malformed XML: {str(error).split(':')[0]} in line {max(1, error.position[0] - 1)}"
+    outside = [root.text, *(child.tail for child in root)]
+    if any(piece and piece.strip() for piece in outside):
+        return "expected XML elements, found text outside of them"
+    return None

@@ -1,0 +1,247 @@
+"""Lab file → resolved lab: the only place that decides on addresses, MACs and link names.
+
+Addresses are assigned in the order of the lab file, from the bottom of the network; the first address is the
+gateway's. An address that was assigned before is kept, so that a guest added in the middle moves nobody.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
+
+from orchestrator import names
+from orchestrator.errors import SpecError
+from orchestrator.hosts.model import LocalHost
+from orchestrator.spec.model import LabSpec
+from orchestrator.spec.resolved import (
+    ResolvedDisk,
+    ResolvedGuest,
+    ResolvedHost,
+    ResolvedLab,
+    ResolvedNetwork,
+    ResolvedNic,
+)
+from orchestrator.switch.model import NetworkSpec, NicSpec
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+VXLAN_OVERHEAD = 50  # outer IPv4, UDP and VXLAN headers and the inner Ethernet header
+DEFAULT_MTU = 1500
+
+
+class _Pool:
+    """Free addresses of one network, from the bottom."""
+
+    def __init__(self, network: Network, place: str) -> None:
+        self.network = network
+        self.gateway: Address = network.network_address + 1
+        self._place = place
+        self._taken: set[Address] = {network.network_address, self.gateway}
+        if isinstance(network, IPv4Network):
+            self._taken.add(network.broadcast_address)
+        self._next: Iterator[int] = iter(range(2, network.num_addresses))
+
+    def reserve(self, address: Address) -> bool:
+        """Take ``address``; False when it is outside or taken."""
+        if address not in self.network or address in self._taken:
+            return False
+        self._taken.add(address)
+        return True
+
+    def assign(self) -> Address:
+        for offset in self._next:
+            address = self.network.network_address + offset
+            if self.reserve(address):
+                return address
+        raise SpecError(f"{self._place}: {self.network} has no address left", hint="use a larger network")
+
+    def cidr(self, address: Address) -> str:
+        return f"{address}/{self.network.prefixlen}"
+
+
+def resolve(spec: LabSpec, file: Path, previous: ResolvedLab | None = None) -> ResolvedLab:
+    """Fill in everything that the lab file leaves open.
+
+    :param previous: the lab as it was resolved before; its assigned addresses are kept where they still fit.
+    :raise SpecError: a network has no address left, or a host's name cannot be looked up.
+    """
+    uid = names.lab_uid(spec.lab)
+    guests = _guests(spec, uid, previous.assignments() if previous else {})
+    return ResolvedLab(
+        lab=spec.lab,
+        uid=uid,
+        file=file,
+        description=spec.description,
+        underlay_prefix=spec.underlay.cidr.prefixlen,
+        underlay_mtu=spec.underlay.mtu,
+        hosts=_hosts(spec),
+        networks={name: _network(name, network, spec, uid) for name, network in spec.networks.items()},
+        guests=guests,
+        images=dict(spec.images),
+    )
+
+
+def _hosts(spec: LabSpec) -> dict[str, ResolvedHost]:
+    pool = _Pool(spec.underlay.cidr, "underlay")
+    for host in spec.hosts.values():
+        if isinstance(host, LocalHost) and host.address:
+            pool.reserve(host.address)
+    resolved = {}
+    for name, host in spec.hosts.items():
+        if isinstance(host, LocalHost):
+            underlay = str(host.address or pool.assign())
+        else:
+            underlay = str(host.underlay) if host.underlay else _look_up(name, host.address)
+        resolved[name] = ResolvedHost(name=name, spec=host, underlay=underlay)
+    return resolved
+
+
+def _look_up(name: str, address: str) -> str:
+    try:
+        found = socket.getaddrinfo(address, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SpecError(
+            f"hosts.{name}.address: {address!r} cannot be looked up: {error.strerror}",
+            hint="give an address, or `underlay:` with the address that the other hosts reach it by",
+        ) from error
+    return str(found[0][4][0])
+
+
+def _mtu(network: NetworkSpec, spec: LabSpec) -> int:
+    if network.mtu is not None:
+        return network.mtu
+    all_local = all(isinstance(host, LocalHost) for host in spec.hosts.values())
+    carried = spec.underlay.mtu if all_local else DEFAULT_MTU
+    return min(DEFAULT_MTU, carried - VXLAN_OVERHEAD) if len(spec.hosts) > 1 else DEFAULT_MTU
+
+
+def _network(name: str, network: NetworkSpec, spec: LabSpec, uid: str) -> ResolvedNetwork:
+    def gateway(cidr: Network | None) -> str | None:
+        return f"{cidr.network_address + 1}/{cidr.prefixlen}" if cidr else None
+
+    carried_by = [
+        host
+        for host in spec.hosts
+        if any(
+            guest.host == host and any(nic.network == name for nic in guest.nics) for guest in spec.guests.values()
+        )
+    ]
+    return ResolvedNetwork(
+        name=name,
+        vni=int(names.digest(uid, "vni", name, length=6), 16) or 1,
+        mtu=_mtu(network, spec),
+        bridge=network.bridge or names.link("b", uid, name),
+        vxlan=names.link("x", uid, name),
+        ipv4=str(network.ipv4) if network.ipv4 else None,
+        ipv6=str(network.ipv6) if network.ipv6 else None,
+        gateway4=gateway(network.ipv4),
+        gateway6=gateway(network.ipv6),
+        gateway_mac=names.mac(uid, "gateway", name),
+        uplink=network.uplink,
+        datapath=network.datapath,
+        hosts=carried_by,
+    )
+
+
+def _guests(spec: LabSpec, uid: str, kept: Mapping[tuple[str, str, str], object]) -> dict[str, ResolvedGuest]:
+    pools = {
+        (name, family): _Pool(cidr, f"networks.{name}.{family}")
+        for name, network in spec.networks.items()
+        for family, cidr in (("ipv4", network.ipv4), ("ipv6", network.ipv6))
+        if cidr is not None
+    }
+    macs = _macs(spec)
+    chosen: dict[tuple[str, int, str], Address] = {}
+    for guest, index, nic in _nics(spec):  # first what is fixed, then what was assigned before, then the rest
+        for family, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
+            if address and (nic.network, family) in pools:
+                pools[nic.network, family].reserve(address)
+                chosen[guest, index, family] = address
+    for guest, index, nic in _nics(spec):
+        for family in ("ipv4", "ipv6"):
+            pool = pools.get((nic.network, family))
+            before = kept.get((guest, macs[guest, index], family))
+            if pool and before and (guest, index, family) not in chosen:
+                address = ip_address(str(before))
+                if pool.reserve(address):
+                    chosen[guest, index, family] = address
+    for guest, index, nic in _nics(spec):
+        for family in ("ipv4", "ipv6"):
+            if (pool := pools.get((nic.network, family))) and (guest, index, family) not in chosen:
+                chosen[guest, index, family] = pool.assign()
+
+    resolved = {}
+    for name, guest_spec in spec.guests.items():
+        nics = []
+        has_default_route = False
+        for index, nic in enumerate(guest_spec.nics):
+            network = spec.networks[nic.network]
+            routed = network.uplink and not has_default_route
+            has_default_route |= network.uplink
+
+            def cidr(family: str, index: int = index, nic_network: str = nic.network, name: str = name) -> str | None:
+                address = chosen.get((name, index, family))
+                return pools[nic_network, family].cidr(address) if address else None
+
+            def gateway(family: str, nic_network: str = nic.network, routed: bool = routed) -> str | None:
+                pool = pools.get((nic_network, family))
+                return str(pool.gateway) if pool and routed else None
+
+            mac = macs[name, index]
+            nics.append(
+                ResolvedNic(
+                    network=nic.network,
+                    mac=mac,
+                    tap=names.link("t", uid, name, mac),
+                    model=nic.model,
+                    mtu=_mtu(network, spec),
+                    ipv4=cidr("ipv4"),
+                    ipv6=cidr("ipv6"),
+                    gateway4=gateway("ipv4"),
+                    gateway6=gateway("ipv6"),
+                )
+            )
+        resolved[name] = ResolvedGuest(
+            name=name,
+            host=guest_spec.host,
+            image=guest_spec.image,
+            vcpus=guest_spec.vcpus.count,
+            vcpus_max=guest_spec.vcpus.max or guest_spec.vcpus.count,
+            memory=guest_spec.memory.size,
+            memory_max=guest_spec.memory.max or guest_spec.memory.size,
+            nics=nics,
+            disks=[ResolvedDisk(name=disk.name, size=disk.size, bus=disk.bus) for disk in guest_spec.disks],
+            disk_size=guest_spec.disk_size,
+            cmdline=guest_spec.cmdline,
+            user_data=guest_spec.user_data,
+            accel=guest_spec.accel,
+            cpu=guest_spec.cpu,
+            machine=guest_spec.machine,
+            emulator=guest_spec.emulator,
+            hotplug_slots=guest_spec.hotplug_slots,
+            ready=guest_spec.ready,
+            xml=guest_spec.xml,
+            description=guest_spec.description,
+        )
+    return resolved
+
+
+def _nics(spec: LabSpec) -> Iterator[tuple[str, int, NicSpec]]:
+    for name, guest in spec.guests.items():
+        for index, nic in enumerate(guest.nics):
+            yield name, index, nic
+
+
+def _macs(spec: LabSpec) -> dict[tuple[str, int], str]:
+    """``(guest, index of the NIC) → MAC``: by network and not by index, so that NICs may be reordered."""
+    macs = {}
+    seen: dict[tuple[str, str], int] = {}
+    for guest, index, nic in _nics(spec):
+        nth = seen[guest, nic.network] = seen.get((guest, nic.network), -1) + 1
+        macs[guest, index] = nic.mac or names.mac(spec.lab, guest, nic.network, str(nth))
+    return macs

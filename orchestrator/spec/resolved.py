@@ -1,0 +1,119 @@
+"""The resolved lab: defaults filled in, addresses, MACs and link names assigned.
+
+This is what the plan compares with what is observed, what is kept in the lab's state, and what the agents get.
+Everything here turns into JSON and back without loss.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.hosts.model import HostSpec
+from orchestrator.images.model import ImageSpec
+from orchestrator.spec.base import Part, Size
+
+
+class ResolvedNic(Part):
+    """A NIC with its addresses: ``ipv4`` and ``ipv6`` are in CIDR notation (``10.10.0.2/24``)."""
+
+    network: str
+    mac: str
+    tap: str
+    model: Literal["virtio", "e1000e"]
+    mtu: int
+    ipv4: str | None
+    ipv6: str | None
+    gateway4: str | None
+    gateway6: str | None
+
+    @property
+    def addresses(self) -> list[str]:
+        """Addresses without their prefix lengths."""
+        return [cidr.split("/")[0] for cidr in (self.ipv4, self.ipv6) if cidr]
+
+
+class ResolvedDisk(Part):
+    name: str
+    size: Size
+    bus: Literal["virtio", "scsi"]
+
+
+class ResolvedGuest(Part):
+    name: str
+    host: str
+    image: str
+    vcpus: int
+    vcpus_max: int
+    memory: Size
+    memory_max: Size
+    nics: list[ResolvedNic]
+    disks: list[ResolvedDisk]
+    disk_size: Size | None
+    cmdline: str
+    user_data: str | None
+    accel: Literal["auto", "kvm", "tcg"]
+    cpu: str | None
+    machine: str
+    emulator: str | None
+    hotplug_slots: int
+    ready: str | None
+    xml: str | None
+    description: str
+
+
+class ResolvedNetwork(Part):
+    """A network; ``hosts`` are those that carry it: the ones with a guest on it."""
+
+    name: str
+    vni: int
+    mtu: int
+    bridge: str
+    vxlan: str
+    ipv4: str | None
+    ipv6: str | None
+    gateway4: str | None
+    gateway6: str | None
+    gateway_mac: str
+    uplink: bool
+    datapath: Literal["bridge"]
+    hosts: list[str]
+
+
+class ResolvedHost(Part):
+    """A host; ``underlay`` is the address that the other hosts reach it by."""
+
+    name: str
+    spec: HostSpec
+    underlay: str
+
+
+class ResolvedLab(Part):
+    lab: str
+    uid: str
+    file: Path
+    description: str
+    underlay_prefix: int
+    underlay_mtu: int
+    hosts: dict[str, ResolvedHost]
+    networks: dict[str, ResolvedNetwork]
+    guests: dict[str, ResolvedGuest]
+    images: dict[str, ImageSpec]
+    former_hosts: dict[str, ResolvedHost] = {}
+    """Hosts that were in the lab and could not be cleared yet."""
+
+    def guests_of(self, host: str) -> list[ResolvedGuest]:
+        return [guest for guest in self.guests.values() if guest.host == host]
+
+    def assignments(self) -> dict[tuple[str, str, str], IPv4Address | str]:
+        """``(guest, MAC, family) → address``: what a later resolution keeps."""
+        return {
+            (guest.name, nic.mac, family): cidr.split("/")[0]
+            for guest in self.guests.values()
+            for nic in guest.nics
+            for family, cidr in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6))
+            if cidr
+        }

@@ -1,0 +1,311 @@
+"""The bridge datapath: one Linux bridge per network and host, a tap per NIC, VXLAN between the hosts.
+
+On each host the bridge is the network's gateway, with the same addresses and the same MAC everywhere (an anycast
+gateway): a guest always talks to the gateway of the host it runs on. The VXLAN port suppresses neighbour discovery
+for those addresses, so that a host never hears another one answer for them.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from orchestrator import names
+from orchestrator.errors import NetworkError, TakenError
+from orchestrator.spec.resolved import ResolvedNetwork, ResolvedNic
+
+VXLAN_PORT = 4789
+FLOOD = "00:00:00:00:00:00"
+_NODAD = 0x02
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How one host takes part in a network: its own underlay address and those of the others."""
+
+    network: ResolvedNetwork
+    local: str
+    peers: tuple[str, ...]
+    forward: str
+    """``no``, ``bridge`` (only what comes from the bridge) or ``all`` (the namespace is ours alone)."""
+
+
+@dataclass
+class NetworkFacts:
+    """What is observed of one network on one host; addresses in CIDR notation."""
+
+    name: str
+    bridge: str
+    mtu: int
+    up: bool
+    mac: str
+    addresses: list[str]
+    vxlan: str | None = None
+    vni: int | None = None
+    peers: list[str] = field(default_factory=list)
+    ports: dict[str, str] = field(default_factory=dict)
+    """Tap → ``GUEST/MAC``."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> NetworkFacts:
+        return cls(**data)
+
+
+@contextlib.contextmanager
+def _netlink(what: str) -> Iterator[IPRoute]:
+    """:raise NetworkError: the kernel refuses."""
+    try:
+        with IPRoute() as ip:
+            yield ip
+    except NetlinkError as error:
+        hint = "orchestrator doctor" if error.code in (errno.EOPNOTSUPP, errno.EPERM) else None
+        raise NetworkError(f"{what}: {error.args[1] if len(error.args) > 1 else error}", hint=hint) from error
+
+
+def _link(ip: IPRoute, name: str) -> Any:
+    """The link of that name, or None."""
+    found = ip.link_lookup(ifname=name)
+    return ip.link("get", index=found[0])[0] if found else None
+
+
+def _owned(link: Any, uid: str, kind: str, name: str) -> Any:
+    """:raise TakenError: the link is somebody else's."""
+    owner = names.parse_mark(link.get("ifalias"))
+    if owner != (uid, kind, name):
+        raise TakenError(
+            f"link {link.get('ifname')} is there and is not ours",
+            hint=f"choose another name in the lab file, or remove it: ip link del {link.get('ifname')}",
+        )
+    return link
+
+
+def _kind_data(link: Any) -> Any:
+    info = link.get("linkinfo")
+    return info.get("info_data") if info else None
+
+
+def _addresses(ip: IPRoute, index: int) -> list[str]:
+    return sorted(
+        f"{address.get('address')}/{address['prefixlen']}"
+        for address in ip.get_addr(index=index)
+        if not str(address.get("address")).startswith("fe80:")
+    )
+
+
+def _flood_peers(ip: IPRoute, index: int) -> list[str]:
+    return sorted(
+        str(entry.get("dst"))
+        for entry in ip.get_neighbours(family=7, ifindex=index)
+        if entry.get("lladdr") == FLOOD and entry.get("dst")
+    )
+
+
+def observe(uid: str) -> list[NetworkFacts]:
+    """Every network of the lab ``uid`` on this host."""
+    with _netlink("the networks cannot be listed") as ip:
+        links = ip.get_links()
+        found: dict[int, NetworkFacts] = {}
+        for link in links:
+            owner = names.parse_mark(link.get("ifalias"))
+            if owner and owner[0] == uid and owner[1] == "network":
+                found[link["index"]] = NetworkFacts(
+                    name=owner[2],
+                    bridge=link.get("ifname"),
+                    mtu=link.get("mtu"),
+                    up=link.get("state") == "up",
+                    mac=link.get("address"),
+                    addresses=_addresses(ip, link["index"]),
+                )
+        for link in links:
+            owner = names.parse_mark(link.get("ifalias"))
+            facts = found.get(link.get("master"))
+            if not owner or owner[0] != uid or facts is None:
+                continue
+            if owner[1] == "vxlan":
+                facts.vxlan = link.get("ifname")
+                facts.vni = _kind_data(link).get("vxlan_id")
+                facts.peers = _flood_peers(ip, link["index"])
+            elif owner[1] == "port":
+                facts.ports[link.get("ifname")] = owner[2]
+    return list(found.values())
+
+
+def differences(facts: NetworkFacts, wanted: Membership) -> list[str]:
+    """What of ``wanted`` is not so, in words; empty when all is."""
+    network = wanted.network
+    found = []
+    if facts.bridge != network.bridge:
+        found.append(f"bridge: {facts.bridge} → {network.bridge}")
+    if not facts.up:
+        found.append("bridge is down")
+    if facts.mtu != network.mtu:
+        found.append(f"mtu: {facts.mtu} → {network.mtu}")
+    if facts.mac != network.gateway_mac:
+        found.append(f"gateway MAC: {facts.mac} → {network.gateway_mac}")
+    gateways = sorted(cidr for cidr in (network.gateway4, network.gateway6) if cidr)
+    if facts.addresses != gateways:
+        found.append(f"gateway: {', '.join(facts.addresses) or 'none'} → {', '.join(gateways) or 'none'}")
+    if facts.peers != sorted(wanted.peers):
+        found.append(f"peers: {', '.join(facts.peers) or 'none'} → {', '.join(wanted.peers) or 'none'}")
+    if wanted.peers and facts.vni != network.vni:
+        found.append(f"VNI: {facts.vni} → {network.vni}")
+    return found
+
+
+def ensure(uid: str, wanted: Membership) -> None:
+    """Make the network on this host as ``wanted``; nothing that is right already is touched.
+
+    :raise TakenError: a link of a name that we need is somebody else's.
+    :raise NetworkError: the kernel refuses.
+    """
+    network = wanted.network
+    with _netlink(f"network {network.name}") as ip:
+        _remove_renamed(ip, uid, network)
+        bridge = _ensure_bridge(ip, uid, network)
+        if wanted.peers:
+            _ensure_vxlan(ip, uid, wanted, bridge)
+        elif vxlan := _link(ip, network.vxlan):
+            _owned(vxlan, uid, "vxlan", network.name)
+            ip.link("del", index=vxlan["index"])
+    _set_forwarding(network.bridge, wanted.forward)
+
+
+def _remove_renamed(ip: IPRoute, uid: str, network: ResolvedNetwork) -> None:
+    for link in ip.get_links():
+        owner = names.parse_mark(link.get("ifalias"))
+        if owner == (uid, "network", network.name) and link.get("ifname") != network.bridge:
+            ip.link("set", index=link["index"], state="down")
+            ip.link("set", index=link["index"], ifname=network.bridge)
+
+
+def _ensure_bridge(ip: IPRoute, uid: str, network: ResolvedNetwork) -> int:
+    link = _link(ip, network.bridge)
+    if link is None:
+        ip.link(
+            "add",
+            ifname=network.bridge,
+            kind="bridge",
+            br_stp_state=0,
+            br_forward_delay=0,
+            br_mcast_snooping=0,
+            address=network.gateway_mac,
+        )
+        link = _link(ip, network.bridge)
+        ip.link("set", index=link["index"], ifalias=names.mark(uid, "network", network.name))
+    else:
+        _owned(link, uid, "network", network.name)
+    index = int(link["index"])
+    ip.link("set", index=index, mtu=network.mtu, address=network.gateway_mac, state="up")
+    wanted = sorted(cidr for cidr in (network.gateway4, network.gateway6) if cidr)
+    have = _addresses(ip, index)
+    for cidr in set(have) - set(wanted):
+        address, _, length = cidr.partition("/")
+        ip.addr("del", index=index, address=address, prefixlen=int(length))
+    for cidr in set(wanted) - set(have):
+        address, _, length = cidr.partition("/")
+        ip.addr("add", index=index, address=address, prefixlen=int(length), flags=_NODAD if ":" in address else 0)
+    return index
+
+
+def _ensure_vxlan(ip: IPRoute, uid: str, wanted: Membership, bridge: int) -> None:
+    network = wanted.network
+    link = _link(ip, network.vxlan)
+    if link is not None:
+        _owned(link, uid, "vxlan", network.name)
+        data = _kind_data(link)
+        if data.get("vxlan_id") != network.vni or data.get("vxlan_local") != wanted.local:
+            ip.link("del", index=link["index"])
+            link = None
+    if link is None:
+        ip.link(
+            "add",
+            ifname=network.vxlan,
+            kind="vxlan",
+            vxlan_id=network.vni,
+            vxlan_local=wanted.local,
+            vxlan_port=VXLAN_PORT,
+            vxlan_learning=1,
+        )
+        link = _link(ip, network.vxlan)
+        ip.link("set", index=link["index"], ifalias=names.mark(uid, "vxlan", network.name))
+    index = link["index"]
+    ip.link("set", index=index, master=bridge, mtu=network.mtu, state="up")
+    ip.brport("set", index=index, neigh_suppress=1)
+    have = set(_flood_peers(ip, index))
+    for peer in set(wanted.peers) - have:
+        ip.fdb("append", ifindex=index, lladdr=FLOOD, dst=peer)
+    for peer in have - set(wanted.peers):
+        ip.fdb("del", ifindex=index, lladdr=FLOOD, dst=peer)
+
+
+def _set_forwarding(bridge: str, forward: str) -> None:
+    if forward == "no":
+        return
+    for family in ("ipv4", "ipv6"):
+        for name in (bridge, "all") if forward == "all" else (bridge,):
+            setting = Path(f"/proc/sys/net/{family}/conf/{name}/forwarding")
+            if setting.exists() and setting.read_text().strip() != "1":
+                setting.write_text("1")
+
+
+def remove(uid: str, name: str) -> None:
+    """Remove the network with its VXLAN and its taps from this host; does nothing where there is none."""
+    with _netlink(f"network {name}") as ip:
+        links = ip.get_links()
+        bridges = {link["index"] for link in links if names.parse_mark(link.get("ifalias")) == (uid, "network", name)}
+        for link in links:
+            owner = names.parse_mark(link.get("ifalias"))
+            ours = owner is not None and owner[0] == uid
+            member = link.get("master") in bridges and owner is not None and owner[1] == "port"
+            if ours and (member or owner == (uid, "vxlan", name)):
+                ip.link("del", index=link["index"])
+        for index in bridges:
+            ip.link("del", index=index)
+
+
+def ensure_port(uid: str, guest: str, nic: ResolvedNic, bridge: str) -> None:
+    """Make the tap of a guest's NIC and put it on the network's bridge.
+
+    :raise TakenError: a link of the tap's name is somebody else's.
+    """
+    name = f"{guest}/{nic.mac}"
+    with _netlink(f"tap of guest {guest}") as ip:
+        bridge_index = ip.link_lookup(ifname=bridge)
+        if not bridge_index:
+            raise NetworkError(f"guest {guest}: bridge {bridge} is not there", hint="orchestrator up")
+        link = _link(ip, nic.tap)
+        if link is None:
+            ip.link("add", ifname=nic.tap, kind="tuntap", mode="tap", ifr={"vnet_hdr": 1})
+            link = _link(ip, nic.tap)
+            ip.link("set", index=link["index"], ifalias=names.mark(uid, "port", name))
+        else:
+            _owned(link, uid, "port", name)
+        if link.get("master") != bridge_index[0] or link.get("mtu") != nic.mtu or link.get("state") != "up":
+            ip.link("set", index=link["index"], master=bridge_index[0], mtu=nic.mtu, state="up")
+
+
+def remove_port(uid: str, guest: str, tap: str) -> None:
+    """Remove a tap; does nothing where there is none.
+
+    :raise TakenError: it is somebody else's.
+    """
+    with _netlink(f"tap of guest {guest}") as ip:
+        link = _link(ip, tap)
+        if link is None:
+            return
+        owner = names.parse_mark(link.get("ifalias"))
+        if owner is None or owner[:2] != (uid, "port"):
+            raise TakenError(f"link {tap} is there and is not ours", hint=f"ip link show {tap}")
+        ip.link("del", index=link["index"])
