@@ -74,7 +74,7 @@ class Place:
     column: int
 
     def __str__(self) -> str:
-        return printable(f"{self.file}:{self.line}:{self.column}")
+        return f"{self.file}:{self.line}:{self.column}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Problem:
     source: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.place}: {self.path}: {self.message}" if self.path else f"{self.place}: {self.message}"]
+        lines = [printable(": ".join(filter(None, (str(self.place), self.path, self.message))))]
         if self.source and self.source.strip():
             skipped = max(0, self.place.column - _SHOWN_WIDTH * 3 // 4)
             shown = printable(self.source)[skipped : skipped + _SHOWN_WIDTH].rstrip()
@@ -105,7 +105,7 @@ class Problem:
                 f"{'':5} | {' ' * (self.place.column - 1 - skipped)}^",
             ]
         if self.hint:
-            lines.append(f"  hint: {self.hint}")
+            lines.append(printable(f"  hint: {self.hint}"))
         return "\n".join(lines)
 
     def to_wire(self) -> dict[str, Any]:

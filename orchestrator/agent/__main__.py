@@ -38,6 +38,7 @@ def _arguments() -> argparse.Namespace:
     for name in ("lab", "uid", "host", "run-dir", "state-dir"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--libvirt", choices=("system", "embed"), required=True)
+    parser.add_argument("--own-mounts", action="store_true", help="the mount namespace is the agent's own")
     parser.add_argument("--fd", type=int, required=True, help="the listening socket")
     return parser.parse_args()
 
@@ -45,7 +46,7 @@ def _arguments() -> argparse.Namespace:
 def _hide_kvm(run_dir: Path) -> None:
     """Where KVM does not work, keep libvirt from finding /dev/kvm: it would probe QEMU anew at every step, because
     what root finds and what QEMU's user finds differ. Only in a mount namespace of our own."""
-    if Path("/proc/self/ns/mnt").readlink() == Path("/proc/1/ns/mnt").readlink() or not Path("/dev/kvm").exists():
+    if not Path("/dev/kvm").exists():
         return
     empty = run_dir / "no-kvm"
     empty.touch(mode=0o600)
@@ -56,7 +57,7 @@ def supervise(args: argparse.Namespace) -> int:
     from orchestrator.hosts import accel
 
     _libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    if args.libvirt == "embed" and accel.probe().kind != "kvm":
+    if args.own_mounts and args.libvirt == "embed" and accel.probe().kind != "kvm":
         _hide_kvm(Path(args.run_dir))
     parent, child, stopping = os.getpid(), 0, False
 

@@ -65,11 +65,25 @@ def _register() -> None:
         module.register(app)
 
 
+ANYWHERE = frozenset({"-q", "--quiet", "-v", "-vv", "--verbose", "--color", "--no-color"})
+PASS_ON = frozenset({"exec", "ssh"})
+
+
+def hoist(words: list[str]) -> list[str]:
+    """Let the global flags stand behind the command too; not behind a command that passes its arguments on."""
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command is None or command in PASS_ON:
+        return words
+    end = words.index("--") if "--" in words else len(words)
+    flags = [word for word in words[:end] if word in ANYWHERE]
+    return flags + [word for word in words[:end] if word not in ANYWHERE] + words[end:]
+
+
 def main() -> None:
     """Run the command line and end the process with its exit status."""
     _register()
     try:
-        app()
+        app(hoist(sys.argv[1:]))
     except OrchestratorError as failure:
         output.error(failure)
         sys.exit(failure.exit_code)

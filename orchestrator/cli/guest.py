@@ -141,6 +141,7 @@ def execute(
 
     Example: orchestrator exec web -- ip addr
     """
+    command = command[1:] if command[0] == "--" else command
     feed = sys.stdin.buffer.read() if stdin else b""
     with GuestSession(guest, file, lab) as session:
         result = session.call("guest.exec", argv=command, feed=base64.b64encode(feed).decode(), timeout=timeout)

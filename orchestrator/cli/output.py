@@ -18,8 +18,10 @@ from ruamel.yaml import YAML
 
 from orchestrator.errors import OrchestratorError
 
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+PIPE_WIDTH = 200  # columns of a table that goes into a pipe or a file
+
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 
 class Format(StrEnum):

@@ -55,7 +55,7 @@ def doctor(
             raise NotFoundError(f"lab {lab.lab} has no host {host}", hint=f"its hosts: {', '.join(lab.hosts)}")
         transport = open_host(lab, host)
         with client(transport) as agent:
-            findings = [Finding(**data) for data in agent.call("host.doctor", {"only": only})]
+            findings = [Finding.from_json(data) for data in agent.call("host.doctor", {"only": only})]
         transport.close()
     if output_format is not Format.TABLE:
         output.data([finding.to_json() for finding in findings], output_format)
@@ -65,7 +65,7 @@ def doctor(
             output.stdout.print(f"{sign} {finding.name:<14} {escape(finding.summary)}")
             for line in finding.detail:
                 output.stdout.print(output.dim(f"    {line}"))
-            if finding.fix and finding.ok is not True:
+            if finding.fix:
                 output.stdout.print(f"    [cyan]fix:[/] {escape(finding.fix)}")
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ told), and names the fix. Runs on any lab host; it needs neither a lab file nor 
 from __future__ import annotations
 
 from orchestrator.doctor.leftover import Leftover, clean, leftovers
-from orchestrator.doctor.model import Finding, Probe
-from orchestrator.doctor.table import PROBES, checkup
+from orchestrator.doctor.model import Finding
+from orchestrator.doctor.table import checkup, list_probes
 
-__all__ = ["PROBES", "Finding", "Leftover", "Probe", "checkup", "clean", "leftovers"]
+__all__ = ["Finding", "Leftover", "checkup", "clean", "leftovers", "list_probes"]

@@ -28,6 +28,7 @@ _PAGE = mmap.PAGESIZE
 
 _UFFD_NEW, _UFFD_API, _UFFD_REGISTER = 0xAA00, 0xC018AA3F, 0xC020AA00
 _UFFD_COPY, _UFFD_PROTECT = 0xC028AA03, 0xC018AA06
+_UFFD_DEVICE = Path("/dev/userfaultfd")
 _UFFD_EVENT_PAGEFAULT = 0x12
 _UFFD_FAULT_PROTECTED = 2
 _UFFD_MISSING_AND_PROTECTED = 3
@@ -121,7 +122,9 @@ def _open_userfaultfd() -> int:
     try:
         return syscall("userfaultfd", flags)
     except PermissionError:
-        with open("/dev/userfaultfd", "rb") as device:
+        if not _UFFD_DEVICE.exists():
+            raise
+        with open(_UFFD_DEVICE, "rb") as device:
             return fcntl.ioctl(device, _UFFD_NEW, flags)
 
 

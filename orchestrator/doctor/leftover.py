@@ -126,25 +126,34 @@ def leftovers() -> list[Leftover]:
 
 
 def clean(items: Collection[Leftover]) -> list[str]:
-    """Remove ``items``, each kind after a new look: what is no left-over by then is left alone.
+    """Remove ``items`` under the locks of their labs, each kind after a new look.
+
+    What is no left-over by then, or belongs to a lab that is being changed, is left alone.
 
     :return: one line for each of them, saying what became of it.
     """
+    from orchestrator.state import LabState  # takes longer to import than most probes run
+
     lines = []
-    for kind, group in itertools.groupby(sorted(items, key=_order), key=lambda one: one.kind):
-        now = leftovers()
-        for item in group:
-            if kind == "state":
-                fate = "left alone, because it may hold disks; look at it and remove it yourself"
-            elif item not in now:
-                fate = "left alone, because it is no left-over any more"
-            else:
-                try:
-                    _remove(item)
-                    fate = "removed"
-                except (OSError, OrchestratorError) as error:
-                    fate = f"cannot be removed: {error}"
-            lines.append(f"{kind} {item.name}: {fate}")
+    busy: dict[str, str] = {}
+    with contextlib.ExitStack() as locks:
+        for lab in sorted({item.lab for item in items if item.lab}):
+            try:
+                locks.enter_context(LabState(lab).lock())
+            except OrchestratorError as error:
+                busy[lab] = error.message
+        for kind, group in itertools.groupby(sorted(items, key=_order), key=lambda one: one.kind):
+            now = leftovers()
+            for item in group:
+                if kind == "state":
+                    fate = "left alone, because it may hold disks; look at it and remove it yourself"
+                elif item.lab in busy:
+                    fate = f"left alone: {busy[item.lab]}"
+                elif item not in now:
+                    fate = "left alone, because it is no left-over any more"
+                else:
+                    fate = _remove(item)
+                lines.append(f"{kind} {item.name}: {fate}")
     return lines
 
 
@@ -164,22 +173,27 @@ def probe() -> Finding:
     return good("dead labs left nothing behind")
 
 
-def _remove(item: Leftover) -> None:
+def _remove(item: Leftover) -> str:
+    """``removed``, or why not."""
     from pyroute2 import IPRoute, netns
 
-    match item.kind:
-        case "process":
-            pid, _, start = item.name.partition(":")
-            agentproc.end_process(int(pid), start, f"a process of lab {item.lab}")
-        case "link":
-            with IPRoute() as ip:
-                for index, name, mark in _marked(ip):
-                    if (name, mark[0]) == (item.name, item.uid):
-                        ip.link("del", index=index)
-        case "namespace":
-            netns.remove(item.name)
-        case "runtime":
-            _remove_folder(Path(item.name))
+    try:
+        match item.kind:
+            case "process":
+                pid, _, start = item.name.partition(":")
+                agentproc.end_process(int(pid), start, f"a process of lab {item.lab}")
+            case "link":
+                with IPRoute() as ip:
+                    for index, name, mark in _marked(ip):
+                        if (name, mark[0]) == (item.name, item.uid):
+                            ip.link("del", index=index)
+            case "namespace":
+                netns.remove(item.name)
+            case "runtime":
+                _remove_folder(Path(item.name))
+    except (OSError, OrchestratorError) as error:
+        return f"cannot be removed: {error}"
+    return "removed"
 
 
 def _remove_folder(folder: Path) -> None:

@@ -43,16 +43,21 @@ PROBES: tuple[Probe, ...] = (
 )
 
 
+def list_probes() -> list[tuple[str, str]]:
+    """Name and description of every probe, in the order in which findings come."""
+    return [(probe.name, probe.about) for probe in PROBES]
+
+
 def checkup(*, only: Collection[str] | None = None) -> list[Finding]:
     """Run the probes and return their findings in the table's order.
 
-    :param only: names of the probes to run; None: all.
+    :param only: names of the probes to run; None or empty: all.
     :raise NotFoundError: there is no probe of that name.
     """
     known = [probe.name for probe in PROBES]
     if strangers := sorted(set(only or ()) - set(known)):
         raise NotFoundError(f"no probe is called {', '.join(strangers)}", hint=f"there are: {', '.join(known)}")
-    chosen = [probe for probe in PROBES if only is None or probe.name in only]
+    chosen = [probe for probe in PROBES if not only or probe.name in only]
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="doctor") as pool:
         return list(pool.map(examine, chosen))
 

@@ -75,9 +75,11 @@ class AgentPlace:
 
 
 def start_time(pid: int) -> str | None:
-    """The kernel's start time of a process, which tells it from a later one of the same number."""
+    """The kernel's start time of a process, which tells it from a later one of the same number; None where there is
+    none, or one that has ended and is not reaped yet."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return None
 
@@ -105,23 +107,27 @@ def read_owner(run_dir: Path) -> Owner | None:
         return None
 
 
-def start(place: AgentPlace, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+def start(place: AgentPlace, prefix: Sequence[str] = (), options: Sequence[str] = ()) -> None:
     """Start the agent of ``place`` if none is alive.
 
     :param prefix: a command that runs the agent somewhere else, such as inside a network namespace.
+    :param options: further options of :mod:`orchestrator.agent`.
     """
     paths.make_dir(place.run_dir)
     paths.make_dir(place.state_dir)
-    if (owner := read_owner(place.run_dir)) and owner.alive:
+    if answers(place):
         return
+    if (owner := read_owner(place.run_dir)) and owner.alive:
+        end_process(owner.pid, owner.start, f"{place.host}: an agent that does not answer")
     place.socket.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, open(place.log, "ab") as log:
         listener.bind(str(place.socket))
         place.socket.chmod(0o600)
         listener.listen(64)
+        command = [*prefix, sys.executable, "-m", "orchestrator.agent", *place.arguments(), *options]
         process = spawn(
-            [*prefix, sys.executable, "-m", "orchestrator.agent", *place.arguments(), f"--fd={listener.fileno()}"],
-            env={"ORCHESTRATOR_STATE": str(paths.state()), "ORCHESTRATOR_CACHE": str(paths.cache())} | (env or {}),
+            [*command, f"--fd={listener.fileno()}"],
+            env={"ORCHESTRATOR_STATE": str(paths.state()), "ORCHESTRATOR_CACHE": str(paths.cache())},
             stdout=log,
             stderr=log,
             pass_fds=[listener.fileno()],

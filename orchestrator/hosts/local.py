@@ -154,7 +154,7 @@ class LocalTransport:
         self.start_agent()
 
     def start_agent(self) -> None:
-        agentproc.start(self.place, prefix=["ip", "netns", "exec", self.namespace])
+        agentproc.start(self.place, ["ip", "netns", "exec", self.namespace], ["--own-mounts"])
 
     def _ensure_namespace(self, namespace: str, name: str) -> None:
         if self._exists(namespace):

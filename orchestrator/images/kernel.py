@@ -50,12 +50,12 @@ def decompress(data: bytes) -> bytes:
         return zlib.decompressobj(wbits=31).decompress(data)
     for magic, program in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x02\x21\x4c\x18", "lz4")):
         if data.startswith(magic):
-            return run([program, "-dc"], feed=data, hint=f"install {program}").stdout
+            return run([program, "-dc"], feed=data).stdout
     return data
 
 
 def bootable(kernel: Kernel) -> bytes:
-    """The image to give to ``-kernel``: the ELF inside the bzImage where the kernel can start as PVH, else the bzImage.
+    """What to give to ``-kernel``: the ELF inside the bzImage where the kernel can start as PVH, else the bzImage.
 
     Unpacking itself is the longest part of a kernel's start under emulation (3 of 5 seconds for an xz image).
     The header is that of the kernel's Documentation/arch/x86/boot.rst, protocol 2.08.

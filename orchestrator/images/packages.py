@@ -120,3 +120,18 @@ def locate(root: Path, file: str) -> Path:
         if place.exists():
             return place
     raise ImageError(f"the packages bring no {file}")
+
+
+def sources(system: Distribution) -> str:
+    """Where this machine gets the packages of its own release from, as lines for a sources.list."""
+    columns = ("$(ORIGIN)", "$(CODENAME)", "$(SIGNED_BY)", "$(REPO_URI)", "$(RELEASE)", "$(COMPONENT)")
+    listed = run(["apt-get", "indextargets", "--format", "|".join(columns), "Created-By: Packages"])
+    lines = []
+    for line in dict.fromkeys(listed.stdout.decode().splitlines()):
+        origin, codename, signed_by, uri, release, component = line.split("|")
+        if origin.lower() == system.id and codename.partition("-")[0] == system.codename:
+            options = f"[signed-by={signed_by}] " if signed_by.startswith("/") else ""
+            lines.append(f"deb {options}{uri} {release} {component}")
+    if not lines:
+        raise ImageError(f"apt has no lists of {system.id} {system.codename}", hint=UPDATE_HINT)
+    return "\n".join(lines) + "\n"

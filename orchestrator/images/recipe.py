@@ -14,12 +14,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Built:
-    """What a builder left in the folder that it was given; ``kernel``, ``initrd`` and ``disk`` are names of files.
+    """What a builder left in the folder that it was given.
 
-    :ivar key: what makes this image different from another of its name; its hash becomes part of the id.
+    :ivar digest: hexadecimal; tells this image from others of its name and becomes part of the id.
+    :ivar kernel: name of a file in the folder, as are ``initrd`` and ``disk``.
     """
 
-    key: list[str]
+    digest: str
     kernel: str | None = None
     initrd: str | None = None
     disk: str | None = None
@@ -29,8 +30,20 @@ class Built:
     ready: str = "none"
 
 
-def recipe_digest(*places: Path, extra: str = "") -> str:
-    """SHA-256 over the contents of files, and of all files below folders."""
+@dataclass(frozen=True)
+class Recipe:
+    """How to make an image.
+
+    :ivar source: what it is made from, in a form that is quick to find; an image of the same source is up to date.
+    :ivar build: makes it in a folder; on an error it may leave anything there.
+    """
+
+    source: str
+    build: Callable[[Path, Progress], Built]
+
+
+def tree_digest(*places: Path, extra: str = "") -> str:
+    """SHA-256 over the names and contents of files, and of all files below folders."""
     total = hashlib.sha256(extra.encode())
     for place in places:
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:

@@ -1,7 +1,7 @@
 """The ``tiny`` image: the distribution's kernel, and an initramfs of busybox, the guest agent, ssh and iperf3.
 
-Made for a quick start under emulation: measured, an uncompressed kernel and initramfs, drivers loaded by one process, and
-as few processes as possible before the guest agent answers.
+Made for a quick start under emulation: an uncompressed kernel and initramfs, all drivers loaded by two processes, and
+as few other processes as possible before the guest agent answers.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -12,10 +12,10 @@ import re
 import shutil
 from pathlib import Path
 
-from orchestrator import paths
+from orchestrator import names, paths
 from orchestrator.images import kernel as kernels
 from orchestrator.images.packages import distribution, locate, resolve, unpack
-from orchestrator.images.recipe import Built, Progress, recipe_digest
+from orchestrator.images.recipe import Built, Progress, Recipe, tree_digest
 from orchestrator.run import run
 
 PROGRAMS = {"qemu-guest-agent": "sbin/qemu-ga", "dropbear-bin": "sbin/dropbear", "iperf3": "bin/iperf3"}
@@ -27,21 +27,22 @@ MODULES = (
 )
 
 # cryptomgr.notests: 250 ms of self-tests; rcu_expedited: 100 ms of waiting for grace periods (medians under TCG).
-CMDLINE = (
-    "console=ttyS0 quiet cryptomgr.notests rcupdate.rcu_expedited=1 noreplace-smp memhp_default_state=online"
-)
+CMDLINE = "console=ttyS0 quiet cryptomgr.notests rcupdate.rcu_expedited=1 noreplace-smp memhp_default_state=online"
 
 _LIBRARIES = "lib/x86_64-linux-gnu"
 _LOADER = "ld-linux-x86-64.so.2"
 
 
-def source() -> str:
-    """What the image depends on; a newer package of the same release does not count."""
-    system = distribution()
-    return recipe_digest(Path(__file__), Path(kernels.__file__), paths.templates() / "tiny", extra=system.codename)
+def recipe() -> Recipe:
+    """An image of the same recipe is up to date, also when there are newer packages in the release.
+
+    :raise ImageError: this machine's packages cannot make it.
+    """
+    places = (Path(__file__), Path(kernels.__file__), paths.templates() / "tiny")
+    return Recipe(tree_digest(*places, extra=distribution().codename), _build)
 
 
-def build(folder: Path, progress: Progress) -> Built:
+def _build(folder: Path, progress: Progress) -> Built:
     """Make ``kernel`` and ``initrd`` in ``folder``; needs no privileges."""
     progress("looking up the packages")
     packages = resolve([distribution().kernel, "busybox-static", *PROGRAMS])
@@ -62,7 +63,7 @@ def build(folder: Path, progress: Progress) -> Built:
     pack(root, folder / "initrd")
     shutil.rmtree(work)
     return Built(
-        key=[*(f"{name}={version}" for name, version in packages.items())],
+        digest=names.digest(recipe().source, *(f"{name}={version}" for name, version in packages.items()), length=12),
         kernel="kernel",
         initrd="initrd",
         cmdline=CMDLINE,
@@ -87,12 +88,7 @@ def _fill(root: Path, unpacked: Path) -> None:
     for script in (*root.glob("bin/*"), *root.glob("etc/rc*"), *root.glob("etc/acpi/*/*")):
         script.chmod(0o755)
 
-    busybox = locate(unpacked, "bin/busybox")
-    shutil.copy2(busybox, root / "bin/busybox")
-    for applet in run([busybox, "--list"]).stdout.decode().split():
-        # The kernel calls /sbin/modprobe many times while it starts, in vain: `rc.late` makes this one.
-        if applet != "modprobe" and not (root / "bin" / applet).exists():
-            (root / "bin" / applet).symlink_to("busybox")
+    install_busybox(unpacked, root)
 
     # The loader of these packages lists the libraries of these packages: what the machine has does not matter.
     loader = locate(unpacked, f"{_LIBRARIES}/{_LOADER}")
@@ -105,6 +101,18 @@ def _fill(root: Path, unpacked: Path) -> None:
         for name, library in re.findall(r"(\S+) => (\S+) \(", listing):
             if Path(name).name == name:  # the loader itself is listed by its path
                 shutil.copy2(library, root / _LIBRARIES / name)
+
+
+def install_busybox(unpacked: Path, root: Path) -> None:
+    """Busybox and the names of its applets, where ``root`` has no program of that name.
+
+    All but modprobe, which the kernel would call in vain while it starts; scripts say ``busybox modprobe``.
+    """
+    busybox = locate(unpacked, "bin/busybox")
+    shutil.copy2(busybox, root / "bin/busybox")
+    for applet in run([busybox, "--list"]).stdout.decode().split():
+        if applet != "modprobe" and not (root / "bin" / applet).exists():
+            (root / "bin" / applet).symlink_to("busybox")
 
 
 def pack(root: Path, target: Path) -> None:

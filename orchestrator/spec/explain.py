@@ -27,7 +27,7 @@ _EXPECTED = {
     "model_type": "a mapping",
     "path_type": "a path",
     "string_type": "text",
-    "string_too_short": "text that is not empty",
+    "string_too_short": "text of at least {min_length} character",
     "string_too_long": "text of at most {max_length} characters",
     "too_short": "at least {min_length} entry",
     "greater_than_equal": "at least {ge}",
@@ -101,6 +101,8 @@ def explain(error: ErrorDetails, root: Any, tree: Node, report: Report) -> Keys:
     """Report ``error``, which came from validating ``tree`` as a ``root``; return the keys of the value."""
     keys, fields = locate(root, error)
     node, _ = tree.nearest(keys)
+    if error["loc"][-1] == "[key]":
+        node = replace(node, value=keys[-1], place=node.key or node.place)
     kind = error["type"]
     expected = _EXPECTED.get(kind, "").format_map(_limits(error.get("ctx", {})))
     if kind == "extra_forbidden":
@@ -114,8 +116,6 @@ def explain(error: ErrorDetails, root: Any, tree: Node, report: Report) -> Keys:
         _choice(node, expected, report)
     elif kind == "value_error" and isinstance(node.value, dict):
         report.add(node, f"expected {expected}", expected=expected)
-    elif error["loc"][-1:] == ("[key]",):
-        report.wrong(replace(node, value=keys[-1], place=node.key or node.place), expected)
     elif expected:
         is_number = kind == "string_type" and isinstance(node.value, (bool, int, float))
         report.wrong(node, expected, hint="put it in quotes" if is_number else None)

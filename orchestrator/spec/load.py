@@ -65,7 +65,7 @@ def load(file: Path, *, environ: Mapping[str, str] = os.environ) -> LoadedLab:
     try:
         root = reader.read(file, ())
     except UnreadableError as error:
-        raise SpecError(f"{file}: {error.message}", hint=error.hint) from error
+        raise SpecError(f"{file}: {error.message}", hint=error.hint or "name the lab file with -f") from error
     if not reader.complete:  # the part that could not be read would seem missing everywhere
         report.check()
     tree = lay_under(root, report)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,26 +36,27 @@ class Node:
             return [node.plain() for node in self.value]
         return self.value
 
-    def children(self) -> Iterable[tuple[str | int, Node]]:
-        if isinstance(self.value, dict):
-            return self.value.items()
-        return enumerate(self.value) if isinstance(self.value, list) else ()
-
     def places(self, keys: Keys = ()) -> Iterator[tuple[Keys, Place]]:
         """The place of every value below and including this one, which is at ``keys``."""
         yield keys, self.place
-        for key, node in self.children():
-            yield from node.places((*keys, key))
+        if isinstance(self.value, (dict, list)):
+            for key, node in self.value.items() if isinstance(self.value, dict) else enumerate(self.value):
+                yield from node.places((*keys, key))
 
     def nearest(self, keys: Keys) -> tuple[Node, Keys]:
         """The value at ``keys``, or the nearest that contains it and the keys that are left."""
         node = self
         for index, key in enumerate(keys):
-            below = dict(node.children()).get(key)
+            below = node._child(key)
             if below is None:
                 return node, keys[index:]
             node = below
         return node, ()
+
+    def _child(self, key: str | int) -> Node | None:
+        if isinstance(self.value, list):
+            return self.value[key] if isinstance(key, int) and 0 <= key < len(self.value) else None
+        return self.value.get(key) if isinstance(self.value, dict) else None
 
     def filled(self) -> Node:
         """An empty mapping in place of nothing: ``hosts:`` with nothing below it, ``a:`` without settings."""

@@ -102,14 +102,14 @@ def _read_bytes(file: Path) -> bytes:
     return raw
 
 
-def _nearby(folder: Path, name: str) -> str:
-    """A hint: the lab file in ``folder`` that was perhaps meant."""
+def _nearby(folder: Path, name: str) -> str | None:
+    """A hint: the YAML file in ``folder`` that was perhaps meant."""
     try:
         found = sorted(path.name for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
     except OSError:
         found = []
     near = difflib.get_close_matches(name, found, n=1) or found[:1]
-    return f"did you mean {str(folder / near[0])!r}?" if near else "name the lab file with -f"
+    return f"did you mean {str(folder / near[0])!r}?" if near else None
 
 
 def _decode(raw: bytes) -> str:

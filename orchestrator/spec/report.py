@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import Place, Problem, SpecError, printable
+from orchestrator.errors import Place, Problem, SpecError
 from orchestrator.spec.node import Keys, Node
 
 _SHOWN = 40
@@ -81,7 +81,7 @@ class Report:
 def spell(keys: Keys) -> str:
     """``("guests", "web", "nics", 0)`` → ``guests.web.nics[0]``."""
     steps = (f"[{key}]" if isinstance(key, int) else f".{shorten(key)}" for key in keys)
-    return printable("".join(steps).removeprefix("."))
+    return "".join(steps).removeprefix(".")
 
 
 def shorten(text: str) -> str:

@@ -20,15 +20,16 @@ from ruamel.yaml.composer import Composer, MaxDepthExceededError
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from orchestrator.errors import Place, printable
+from orchestrator.errors import Place
 from orchestrator.spec.node import Keys, Node
 from orchestrator.spec.report import Report, show
 
 MAX_NODES = 100_000
 MAX_DEPTH = 64
 
-_NEWLINE = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what the parser counts as the end of a line
-_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NEWLINE = re.compile("\r\n|[\n\r]")
+# Beside what YAML itself forbids: line ends and a byte order mark that the parser does not count consistently.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _VARIABLE = re.compile(r"\$(?:\$|\{[^}]*\}?)")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-((?:(?!\$\{).)*))?\}", re.DOTALL)
 _MAX_DIGITS = 18  # of a number that fits 64 bits
@@ -80,7 +81,7 @@ def compose(text: str) -> Any:
 
     :raise MalformedError: the text is not YAML 1.2, or exceeds the bounds.
     """
-    if odd := _UNPRINTABLE.search(text):
+    if odd := _FORBIDDEN.search(text):
         raise MalformedError(f"the character {odd[0]!r} is not allowed", *position(text, odd.start()))
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _BoundedComposer
@@ -118,6 +119,11 @@ def _explain(error: MarkedYAMLError) -> MalformedError:
         problem, hint = f"{match[1]} cannot start a value", "put the text in quotes"
     elif "mapping values are not allowed" in problem:
         problem, hint = "a ':' does not fit here", "check the indentation; text that contains ': ' needs quotes"
+    elif match := re.match("expected ',' or '(.)', but got '(?!<stream end)", problem):
+        problem = f"expected ',' or '{match[1]}' before this"
+        hint = f"what begins in line {error.context_mark.line + 1} may not be closed"
+        if mark.buffer[mark.pointer - 1 : mark.pointer + 1] == "${":
+            hint = "between { } or [ ], put ${...} in quotes"
     elif "end of stream" in problem or "stream end" in problem:
         problem, mark = "what begins here is never closed", error.context_mark or mark
     elif "expected <block end>" in problem:
@@ -160,11 +166,14 @@ class Builder:
             raise _malformed(raw.start_mark, f"nested deeper than {MAX_DEPTH} levels")
         place = self._place(raw)
         if isinstance(raw, ScalarNode):
-            return Node(self._scalar(raw, Node(raw.value, place, keys)), place, keys, key)
+            value = self._scalar(raw, Node(raw.value, place, keys))
+            if value is None and key and not raw.value:  # nothing has no place: the parser names what follows
+                place = key
+            return Node(value, place, keys, key)
         if raw.tag != _TAG + ("map" if isinstance(raw, MappingNode) else "seq"):
             self._complain(Node({}, place, keys), f"the tag {raw.tag} is not supported")
         if isinstance(raw, SequenceNode):
-            value: Any = [self._node(item, (*keys, index), None) for index, item in enumerate(raw.value)]
+            value = [self._node(item, (*keys, index), None) for index, item in enumerate(raw.value)]
         else:
             value = self._mapping(raw, keys)
         return Node(value, key or place, keys, key)
@@ -211,10 +220,12 @@ class Builder:
             return text  # a forced tag on text that is no number: the model says what it wants
         if raw.tag not in _TEXT_TAGS:
             self._complain(node, f"the tag {raw.tag} is not supported")
+        # JSON, which is YAML, may write one character as the escapes of two surrogates
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         text = _VARIABLE.sub(lambda match: self._variable(match[0], raw, node), text)
-        if odd := _UNPRINTABLE.search(text):
+        if odd := _FORBIDDEN.search(text):
             self._complain(node, f"the character {odd[0]!r} is not allowed")
-        return text
+        return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
     def _number(self, kind: str, node: Node) -> int | float:
         digits = node.value.replace("_", "").lower()
@@ -251,4 +262,4 @@ class Builder:
         return Place(self._file, raw.start_mark.line + 1, raw.start_mark.column + 1)
 
     def _complain(self, node: Node, message: str, hint: str | None = None) -> None:
-        self._report.add(node, printable(message), hint=hint)
+        self._report.add(node, message, hint=hint)

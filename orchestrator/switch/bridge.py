@@ -91,9 +91,9 @@ def _owned(link: Any, uid: str, kind: str, name: str) -> Any:
     return link
 
 
-def _kind_data(link: Any) -> Any:
-    info = link.get("linkinfo")
-    return info.get("info_data") if info else None
+def _vxlan_data(link: Any, name: str) -> Any:
+    data = link.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA")
+    return data.get_attr(f"IFLA_VXLAN_{name}") if data else None
 
 
 def _addresses(ip: IPRoute, index: int) -> list[str]:
@@ -135,7 +135,7 @@ def observe(uid: str) -> list[NetworkFacts]:
                 continue
             if owner[1] == "vxlan":
                 facts.vxlan = link.get("ifname")
-                facts.vni = _kind_data(link).get("vxlan_id")
+                facts.vni = _vxlan_data(link, "ID")
                 facts.peers = _flood_peers(ip, link["index"])
             elif owner[1] == "port":
                 facts.ports[link.get("ifname")] = owner[2]
@@ -224,8 +224,7 @@ def _ensure_vxlan(ip: IPRoute, uid: str, wanted: Membership, bridge: int) -> Non
     link = _link(ip, network.vxlan)
     if link is not None:
         _owned(link, uid, "vxlan", network.name)
-        data = _kind_data(link)
-        if data.get("vxlan_id") != network.vni or data.get("vxlan_local") != wanted.local:
+        if (_vxlan_data(link, "ID"), _vxlan_data(link, "LOCAL")) != (network.vni, wanted.local):
             ip.link("del", index=link["index"])
             link = None
     if link is None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator import names, paths
-from orchestrator.doctor import Leftover, clean, leftover, leftovers
+from orchestrator.doctor import Leftover, clean, leftover
 from orchestrator.hosts.agentproc import start_time
+from orchestrator.state import LabState
 
-FOREIGN = "0123abcd"
+FOREIGN = secrets.token_hex(4)
 SLEEP = ["-c", "import time; time.sleep(600)"]
 
 Start = Callable[..., str]
@@ -74,6 +76,12 @@ def make_runtime(lab: str, uid: str, host: str = "one", agent: str = "1:0") -> P
 
 def agent_line(lab: str, uid: str, state: Path) -> list[str]:
     return ["python", leftover.AGENT, f"--lab={lab}", f"--uid={uid}", f"--state-dir={state}"]
+
+
+def leftovers() -> list[Leftover]:
+    """Those that a test made: processes of others, who may be testing too, can be seen from here."""
+    uids = {FOREIGN, *map(names.lab_uid, ("dead", "down", "crashed", "back", "odd"))}
+    return [one for one in leftover.leftovers() if one.uid in uids]
 
 
 def found() -> set[tuple[str, str]]:
@@ -242,6 +250,16 @@ def test_what_came_back_to_life_is_left_alone() -> None:
     assert folder.exists()
 
 
+def test_a_lab_that_is_being_changed_is_left_alone() -> None:
+    folder = make_runtime("dead", names.lab_uid("dead"))
+
+    with LabState("dead").lock():
+        (line,) = clean(leftovers())
+
+    assert line.startswith(f"runtime {folder}: left alone: lab dead is being changed by process")
+    assert folder.exists()
+
+
 def test_another_process_of_the_same_number_is_left_alone(start: Start, place: Path) -> None:
     agent = start(*agent_line("dead", names.lab_uid("dead"), place / "gone"))
     (item,) = leftovers()
@@ -259,6 +277,18 @@ def test_a_folder_with_a_mount_is_not_emptied(monkeypatch: pytest.MonkeyPatch) -
 
     assert line == f"runtime {folder}: cannot be removed: {folder}/lib is mounted there"
     assert (folder / "agent.sock").exists()
+
+
+def test_what_a_link_in_the_folder_points_to_stays(place: Path) -> None:
+    folder = make_runtime("dead", names.lab_uid("dead"))
+    shared = paths.make_dir(place / "shared")
+    (shared / "file").touch()
+    (folder / "shared").symlink_to(shared)
+
+    clean(leftovers())
+
+    assert not folder.exists()
+    assert (shared / "file").exists()
 
 
 def test_the_probe_lists_what_was_found() -> None:

@@ -1,0 +1,337 @@
+"""A lab whose hosts exist only in memory.
+
+:class:`MemoryLab` carries operations out on facts instead of machines, with the same calls, parameters and refusals
+as the agents of real hosts. :class:`MemoryTransport` puts such a host behind a real stream and the real protocol, so
+that everything above the transports runs as it is, without privileges and in milliseconds.
+
+Faults are injected by :attr:`MemoryHost.on_call`, which sees each call before it is carried out: it may raise, or
+wait until the call is given up.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import copy
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from orchestrator.errors import GuestError, HostError, NetworkError, StateError
+from orchestrator.guests.domain import GuestFacts, GuestImage
+from orchestrator.hosts.rpc import Call, Progress, Server, Stream
+from orchestrator.hosts.transport import HostFacts
+from orchestrator.plan.operations import ObservedHost, ObservedLab, Operation
+from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab, ResolvedNetwork, ResolvedNic
+from orchestrator.switch import control as switch
+from orchestrator.switch.bridge import Membership, NetworkFacts
+
+OnCall = Callable[[str, Call, Mapping[str, Any]], None]
+
+
+def image_id(name: str) -> str:
+    """The id that the image ``name`` has in a :class:`MemoryLab`."""
+    return f"{name}-0123456789ab"
+
+
+def _image(name: str) -> dict[str, Any]:
+    return asdict(
+        GuestImage(
+            id=image_id(name),
+            kernel="/image/kernel",
+            initrd="/image/initrd",
+            disk=None,
+            disk_format=None,
+            cmdline="",
+            cloud_init=False,
+            ready="agent",
+        )
+    )
+
+
+def _network_facts(member: Membership) -> NetworkFacts:
+    network = member.network
+    return NetworkFacts(
+        name=network.name,
+        bridge=network.bridge,
+        mtu=network.mtu,
+        up=True,
+        mac=network.gateway_mac,
+        addresses=sorted(cidr for cidr in (network.gateway4, network.gateway6) if cidr),
+        vxlan=network.vxlan if member.peers else None,
+        vni=network.vni if member.peers else None,
+        peers=sorted(member.peers),
+    )
+
+
+def _guest_facts(wish: ResolvedGuest, image: str) -> GuestFacts:
+    return GuestFacts(
+        name=wish.name,
+        host=wish.host,
+        state="running",
+        reason="",
+        ready=True,
+        wish=wish.model_dump(mode="json"),
+        image=image,
+        accel="kvm" if wish.accel == "kvm" else "tcg",
+        vcpus=wish.vcpus,
+        memory=wish.memory,
+        memory_total=wish.memory,
+        nics=[nic.mac for nic in wish.nics],
+        disks=[disk.name for disk in wish.disks],
+    )
+
+
+def perfect(lab: ResolvedLab) -> ObservedLab:
+    """What is observed where everything is as ``lab`` says: the plan for it is empty."""
+    hosts = {}
+    for name in lab.hosts:
+        networks = [_network_facts(member) for member in switch.wanted(lab, name)]
+        for facts in networks:
+            facts.ports = {
+                nic.tap: f"{guest.name}/{nic.mac}"
+                for guest in lab.guests_of(name)
+                for nic in guest.nics
+                if nic.network == facts.name
+            }
+        hosts[name] = ObservedHost(
+            facts=HostFacts(present=True, agent=True),
+            networks=tuple(networks),
+            guests=tuple(_guest_facts(guest, image_id(guest.image)) for guest in lab.guests_of(name)),
+        )
+    return ObservedLab(hosts=hosts, images={guest.image: image_id(guest.image) for guest in lab.guests.values()})
+
+
+class MemoryHost:
+    """One host as facts; its methods are the calls of an agent, named ``guest.start`` → ``guest_start``.
+
+    :ivar problem: set, the host does not answer, for this reason.
+    :ivar on_call: sees ``(method, call, params)`` before each call of the agent is carried out.
+    :ivar calls: the names of the calls that came, in order.
+    """
+
+    def __init__(self, name: str, observed: ObservedHost | None = None) -> None:
+        observed = copy.deepcopy(observed or ObservedHost())
+        self.name = name
+        self.problem = observed.problem
+        self.facts = observed.facts
+        self.networks = {facts.name: facts for facts in observed.networks}
+        self.guests = {facts.name: facts for facts in observed.guests}
+        self.on_call: OnCall = lambda method, call, params: None
+        self.calls: list[str] = []
+
+    def observed(self) -> ObservedHost:
+        if self.problem:
+            return ObservedHost(problem=self.problem)
+        return copy.deepcopy(
+            ObservedHost(self.facts, networks=tuple(self.networks.values()), guests=tuple(self.guests.values()))
+        )
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """The calls by name."""
+        found = {}
+        for kind in ("host", "network", "port", "guest"):
+            for name in dir(self):
+                if name.startswith(f"{kind}_"):
+                    found[name.replace("_", ".", 1)] = getattr(self, name)
+        return found
+
+    def register(self, server: Server) -> None:
+        for method in self.methods():
+            server.register(method, partial(self._answer, method))
+
+    def _answer(self, method: str, call: Call, **params: Any) -> Any:
+        return self.answer(method, call, params)
+
+    def answer(self, method: str, call: Call, params: Mapping[str, Any]) -> Any:
+        """Carry one call of the agent out."""
+        self.calls.append(method)
+        self.on_call(method, call, params)
+        return self.methods()[method](call, **params)
+
+    # -- the host and its networks -------------------------------------------------------------------------------
+
+    def host_hello(self, call: Call) -> dict[str, Any]:
+        return {"host": self.name}
+
+    def network_facts(self, call: Call) -> list[dict[str, Any]]:
+        return [facts.to_json() for facts in self.networks.values()]
+
+    def network_ensure(self, call: Call, network: dict[str, Any], local: str, peers: list[str], forward: str) -> None:
+        facts = _network_facts(Membership(ResolvedNetwork.model_validate(network), local, tuple(peers), forward))
+        if facts.name in self.networks:
+            facts.ports = self.networks[facts.name].ports
+        self.networks[facts.name] = facts
+
+    def network_remove(self, call: Call, name: str) -> None:
+        self.networks.pop(name, None)
+
+    def port_ensure(self, call: Call, guest: str, nics: list[dict[str, Any]], bridges: dict[str, str]) -> None:
+        for data in nics:
+            nic = ResolvedNic.model_validate(data)
+            found = [facts for facts in self.networks.values() if facts.bridge == bridges[nic.network]]
+            if not found:
+                raise NetworkError(f"guest {guest}: bridge {bridges[nic.network]} is not there")
+            found[0].ports[nic.tap] = f"{guest}/{nic.mac}"
+
+    def port_remove(self, call: Call, guest: str, taps: list[str]) -> None:
+        for facts in self.networks.values():
+            for tap in taps:
+                facts.ports.pop(tap, None)
+
+    # -- guests --------------------------------------------------------------------------------------------------
+
+    def guest_facts(self, call: Call) -> list[dict[str, Any]]:
+        return [facts.to_json() for facts in self.guests.values()]
+
+    def _have_taps(self, wish: ResolvedGuest) -> None:
+        have = {tap for facts in self.networks.values() for tap in facts.ports}
+        for nic in wish.nics:
+            if nic.tap not in have:
+                raise GuestError(f"guest {wish.name} does not start: there is no link {nic.tap}")
+
+    def _running(self, guest: str) -> GuestFacts:
+        facts = self.guests.get(guest)
+        if facts is None or facts.state not in ("running", "paused"):
+            raise StateError(f"guest {guest} is not running")
+        return facts
+
+    def guest_start(
+        self, call: Call, guest: dict[str, Any], image: dict[str, Any], keys: list[str], fresh: bool = False
+    ) -> None:
+        wish = ResolvedGuest.model_validate(guest)
+        self._have_taps(wish)
+        self.guests[wish.name] = _guest_facts(wish, image["id"])
+
+    def guest_restart(
+        self,
+        call: Call,
+        guest: dict[str, Any],
+        image: dict[str, Any],
+        keys: list[str],
+        fresh: bool = False,
+        timeout: float = 20,
+        hard: bool = False,
+    ) -> None:
+        if guest["name"] not in self.guests:
+            raise StateError(f"there is no guest {guest['name']}")
+        self.guest_start(call, guest, image, keys, fresh)
+
+    def guest_update(self, call: Call, guest: dict[str, Any], image: dict[str, Any]) -> None:
+        wish = ResolvedGuest.model_validate(guest)
+        before = self._running(wish.name)
+        if wish.vcpus > int(before.wish["vcpus_max"]):
+            raise GuestError(f"guest {wish.name} cannot have {wish.vcpus} vCPUs while it runs")
+        self._have_taps(wish)
+        after = _guest_facts(wish, image["id"])
+        total = max(before.memory_total, wish.memory)
+        self.guests[wish.name] = replace(after, state=before.state, ready=before.ready, memory_total=total)
+
+    def guest_stop(self, call: Call, guest: str, timeout: float = 20, hard: bool = False) -> str:
+        facts = self._running(guest)
+        facts.state, facts.ready = "off", False
+        return "stopped" if hard else "shut down"
+
+    def guest_pause(self, call: Call, guest: str) -> None:
+        facts = self._running(guest)
+        facts.state, facts.ready = "paused", False
+
+    def guest_resume(self, call: Call, guest: str) -> None:
+        facts = self._running(guest)
+        facts.state, facts.ready = "running", True
+
+    def guest_wait(self, call: Call, guest: dict[str, Any], image: dict[str, Any], **_: Any) -> None:
+        self._running(guest["name"]).ready = True
+
+    def guest_remove(self, call: Call, guest: str, keep_disks: bool = False) -> None:
+        self.guests.pop(guest, None)
+
+
+class MemoryTransport:
+    """A :class:`~orchestrator.hosts.transport.Transport` to a host in memory."""
+
+    shares_files = True
+
+    def __init__(self, host: ResolvedHost, memory: MemoryHost) -> None:
+        self.host = host
+        self.memory = memory
+
+    def _answers(self) -> None:
+        if self.memory.problem:
+            raise HostError(self.memory.problem)
+
+    def facts(self) -> HostFacts:
+        self._answers()
+        return self.memory.facts
+
+    def ensure(self, progress: Progress) -> None:
+        self._answers()
+        progress("in memory")
+        self.memory.facts = HostFacts(present=True, agent=True)
+
+    def start_agent(self) -> None:
+        self._answers()
+        self.memory.facts = replace(self.memory.facts, agent=True)
+
+    def remove(self, progress: Progress) -> None:
+        self._answers()
+        self.memory.facts = HostFacts()
+        self.memory.networks.clear()
+        self.memory.guests.clear()
+
+    def stream(self) -> Stream:
+        self._answers()
+        if not self.memory.facts.agent:
+            raise HostError(f"{self.host.name}: no agent answers")
+        ours, theirs = socket.socketpair()
+        server = Server()
+        self.memory.register(server)
+        threading.Thread(target=server.serve_stream, args=(theirs,), name=f"memory {self.host.name}").start()
+        return ours
+
+    def close(self) -> None:
+        pass
+
+
+class MemoryLab:
+    """Hosts in memory, by name, and the images that are cached."""
+
+    def __init__(self, observed: ObservedLab | None = None) -> None:
+        observed = observed or ObservedLab()
+        self.hosts = {name: MemoryHost(name, seen) for name, seen in observed.hosts.items()}
+        self.images = dict(observed.images)
+
+    def host(self, name: str) -> MemoryHost:
+        """The host of that name; a new, absent one where there is none."""
+        return self.hosts.setdefault(name, MemoryHost(name))
+
+    def transport(self, lab: ResolvedLab, name: str) -> MemoryTransport:
+        """What :func:`orchestrator.hosts.transport.open_host` is for real hosts."""
+        return MemoryTransport(lab.hosts.get(name) or lab.former_hosts[name], self.host(name))
+
+    def observe(self) -> ObservedLab:
+        return ObservedLab({name: host.observed() for name, host in self.hosts.items()}, dict(self.images))
+
+    def carry_out(self, operation: Operation) -> None:
+        """Carry one operation out, without streams and threads.
+
+        :raise OrchestratorError: as the agent of a real host would.
+        """
+        if operation.method == "image.ensure":
+            self.images[operation.params["name"]] = image_id(operation.params["name"])
+            return
+        host = self.host(operation.host)
+        if operation.method == "host.ensure":
+            host.facts = HostFacts(present=True, agent=True)
+        elif operation.method == "host.remove":
+            self.hosts[operation.host] = MemoryHost(operation.host)
+        else:
+            params = dict(operation.params)
+            if operation.image:
+                params["image"] = _image(operation.image)
+            if operation.method in ("guest.start", "guest.restart"):
+                params["keys"] = []
+            host.answer(operation.method, Call(lambda text: None), params)

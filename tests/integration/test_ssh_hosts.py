@@ -1,0 +1,265 @@
+"""Hosts of kind ssh: two machines, here namespaces with a real sshd each, with their own caches and files."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Machine, Sandbox
+
+pytestmark = pytest.mark.privileged
+
+TOOLKIT = Path(sys.executable).parent / "orchestrator"
+
+
+@dataclass
+class Machines:
+    """Two "machines" on one link: a client's view of them is an address, a key and a known_hosts file."""
+
+    folder: Path
+    pids: dict[str, int]
+
+    addresses = {"one": "10.199.0.1", "two": "10.199.0.2"}
+
+    @property
+    def key(self) -> Path:
+        return self.folder / "id"
+
+    @property
+    def known_hosts(self) -> Path:
+        return self.folder / "known_hosts"
+
+    def host(self, name: str, **extra: str) -> str:
+        fields = {
+            "kind": "ssh",
+            "address": self.addresses[name],
+            "key": str(self.key),
+            "known_hosts": str(self.known_hosts),
+            "toolkit": str(TOOLKIT),
+            "libvirt": "embed",
+        } | extra
+        return "{" + ", ".join(f'{key}: "{value}"' for key, value in fields.items()) + "}"
+
+
+def _run(*words: str | Path) -> None:
+    subprocess.run([str(word) for word in words], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    folder = Path(tempfile.mkdtemp(prefix="orc-sshd-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    made = Machines(folder, {})
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made.key)
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    known = []
+    try:
+        _run("ip", "link", "add", "name", "orc-ssh", "type", "bridge")
+        _run("ip", "addr", "add", "10.199.0.254/24", "dev", "orc-ssh")
+        _run("ip", "link", "set", "orc-ssh", "up")
+        for name, address in Machines.addresses.items():
+            namespace = f"orc-ssh-{name}"
+            _run("ip", "netns", "add", namespace)
+            _run("ip", "link", "add", "name", namespace, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+            _run("ip", "link", "set", namespace, "master", "orc-ssh", "up")
+            for words in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
+                _run("ip", "-n", namespace, *words)
+            _run("ip", "-n", namespace, "link", "set", "lo", "up")
+            host_key = folder / f"host_{name}"
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", host_key)
+            known.append(f"{address} {host_key.with_suffix('.pub').read_text()}")
+            (folder / f"{name}.conf").write_text(
+                f"HostKey {host_key}\nAuthorizedKeysFile {made.key}.pub\nPidFile {folder}/{name}.pid\n"
+                "PasswordAuthentication no\nUsePAM no\nStrictModes no\nPermitRootLogin yes\n"
+                "Subsystem sftp internal-sftp\n"
+                f"SetEnv ORCHESTRATOR_STATE={folder}/{name}/state ORCHESTRATOR_CACHE={folder}/{name}/cache "
+                f"ORCHESTRATOR_RUN=/run/orcs-{name}\n"
+            )
+            _run(
+                "ip",
+                "netns",
+                "exec",
+                namespace,
+                shutil.which("sshd") or "/usr/sbin/sshd",
+                "-f",
+                folder / f"{name}.conf",
+            )
+            made.pids[name] = int(_wait_for(folder / f"{name}.pid"))
+        made.known_hosts.write_text("".join(known))
+        yield made
+    finally:
+        for name in Machines.addresses:
+            pids = subprocess.run(["ip", "netns", "pids", f"orc-ssh-{name}"], capture_output=True, text=True).stdout
+            for pid in pids.split():
+                os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", f"orc-ssh-{name}"], capture_output=True)
+            shutil.rmtree(f"/run/orcs-{name}", ignore_errors=True)
+        subprocess.run(["ip", "link", "del", "orc-ssh"], capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for(file: Path) -> str:
+    deadline = time.monotonic() + 20
+    while not (file.exists() and file.read_text().strip()):
+        assert time.monotonic() < deadline, f"{file} did not come"
+        time.sleep(0.05)
+    return file.read_text()
+
+
+def lab_of(machines: Machines, one: str | None = None, two: str | None = None) -> str:
+    return f"""\
+lab: far
+hosts:
+  one: {one or machines.host("one")}
+  two: {two or machines.host("two")}
+networks: {{lan: {{ipv4: 10.80.0.0/24, ipv6: "fd80::/64"}}}}
+defaults: {{guest: {{memory: 192M, nics: [lan]}}}}
+guests:
+  ann: {{host: one}}
+  eve: {{host: two}}
+"""
+
+
+def test_guests_on_two_ssh_hosts(machines: Machines, sandbox: Sandbox) -> None:
+    before = Machine.look()
+    file = sandbox.file(lab_of(machines))
+
+    sandbox.run("up", "-f", file)
+    again = sandbox.run("up", "-f", file)
+    reached = sandbox.json("reach")
+    mtu = sandbox.exec("ann", "cat", "/sys/class/net/eth0/mtu")
+    by_ssh = sandbox.run("ssh", "eve", "hostname").stdout
+    log = sandbox.run("logs", "eve").stdout
+    image = list((machines.folder / "two" / "cache" / "images").glob("tiny-*/manifest.json"))
+    sandbox.run("down", "-f", file)
+
+    assert "nothing to do" in again.stderr
+    assert len(reached) == 4
+    assert all(one["milliseconds"] is not None and one["across_hosts"] for one in reached)
+    assert mtu == "1450\n"  # the underlay carries 1500
+    assert by_ssh == "eve\n"
+    assert "eve is up" in log
+    assert image, "the image was not copied to the host"
+    assert Machine.look().new_since(before) == {}
+    assert not (machines.folder / "two" / "state").exists()
+    assert not Path("/run/orcs-two").exists()
+
+
+def test_unreachable_host_is_left_out_and_the_others_go_on(machines: Machines, sandbox: Sandbox) -> None:
+    text = lab_of(machines, two=machines.host("two", port="2"))
+    file = sandbox.file(text)
+
+    failed = sandbox.run("up", "-f", file, status=4)
+    states = {
+        guest["name"]: guest["state"]
+        for guest in json.loads(sandbox.run("status", "-o", "json", status=4).stdout)["guests"]
+    }
+    refused = sandbox.run("down", "-f", file, status=4)
+    sandbox.run("down", "-f", file, "--forget")
+
+    assert "host two was left out" in failed.stderr
+    assert states == {"ann": "running", "eve": "unknown"}
+    assert "two" in refused.stderr
+
+
+def test_unknown_host_key_is_refused_with_the_way_out(machines: Machines, sandbox: Sandbox) -> None:
+    empty = sandbox.file("", "known_hosts")
+    file = sandbox.file(lab_of(machines, *(machines.host(n, known_hosts=str(empty)) for n in ("one", "two"))))
+
+    failed = sandbox.run("plan", "-f", file, status=4)
+
+    assert "is not known" in failed.stdout
+
+
+def test_changed_host_key_is_refused(machines: Machines, sandbox: Sandbox) -> None:
+    lines = machines.known_hosts.read_text().splitlines()
+    keys = [line.split(" ", 1)[1] for line in lines]
+    swapped = sandbox.file(f"10.199.0.1 {keys[1]}\n10.199.0.2 {keys[0]}\n", "known_hosts")
+    file = sandbox.file(lab_of(machines, *(machines.host(n, known_hosts=str(swapped)) for n in ("one", "two"))))
+
+    failed = sandbox.run("plan", "-f", file, status=4)
+
+    assert "has changed" in failed.stdout
+
+
+def test_wrong_user_key_says_so(machines: Machines, sandbox: Sandbox) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(sandbox.folder / "other")], check=True)
+    wrong = str(sandbox.folder / "other")
+    file = sandbox.file(lab_of(machines, *(machines.host(n, key=wrong) for n in ("one", "two"))))
+
+    failed = sandbox.run("plan", "-f", file, status=4)
+
+    assert "may not log in" in failed.stdout
+
+
+def test_jump_host(machines: Machines, sandbox: Sandbox) -> None:
+    # only `one` is asked directly; `two` is reached from there
+    file = sandbox.file(lab_of(machines, two=machines.host("two", jump="root@10.199.0.1:22")))
+
+    plan = sandbox.json("plan", "-f", file)
+
+    assert plan["unreachable"] == {}
+    assert "host two" in [operation["subject"] for operation in plan["operations"]]
+
+
+def test_sshd_killed_under_a_running_lab_then_back(machines: Machines, sandbox: Sandbox) -> None:
+    file = sandbox.file(lab_of(machines))
+    sandbox.run("up", "-f", file)
+    os.kill(machines.pids["two"], signal.SIGKILL)
+
+    failed = sandbox.run("status", "-f", file, status=4)
+    _run("ip", "netns", "exec", "orc-ssh-two", "/usr/sbin/sshd", "-f", machines.folder / "two.conf")
+    machines.pids["two"] = int(_wait_for(machines.folder / "two.pid"))
+    healed = sandbox.run("up", "-f", file)
+    sandbox.run("down", "-f", file)
+
+    assert "unreachable" in failed.stdout
+    assert "nothing to do" in healed.stderr
+
+
+def test_toolkit_is_installed_where_it_is_missing(sandbox: Sandbox) -> None:
+    """On loopback, where the package index can be reached as on a real host."""
+    folder = sandbox.folder
+    for name in ("id", "host"):
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name)
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    port = "52022"
+    (folder / "sshd.conf").write_text(
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/id.pub\n"
+        f"PidFile {folder}/sshd.pid\nPasswordAuthentication no\nUsePAM no\nStrictModes no\n"
+        "PermitRootLogin yes\nSubsystem sftp internal-sftp\nPermitUserEnvironment yes\n"
+        f"SetEnv ORCHESTRATOR_STATE={folder}/far/state ORCHESTRATOR_CACHE={folder}/far/cache "
+        f"ORCHESTRATOR_RUN=/run/orcs-install PATH={os.environ['PATH']}\n"
+    )
+    _run(shutil.which("sshd") or "/usr/sbin/sshd", "-f", folder / "sshd.conf")
+    pid = int(_wait_for(folder / "sshd.pid"))
+    try:
+        (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
+        file = sandbox.file(
+            f"lab: install\nhosts: {{far: {{kind: ssh, address: 127.0.0.1, port: {port}, key: {folder}/id, "
+            f"known_hosts: {folder}/known, toolkit: {folder}/toolkit/bin/orchestrator, libvirt: embed}}}}\n"
+            "guests: {}\n"
+        )
+        sandbox.run("up", "-f", file)
+        version = subprocess.run([folder / "toolkit/bin/orchestrator", "--version"], capture_output=True, text=True)
+        again = sandbox.run("up", "-f", file)
+        sandbox.run("down", "-f", file)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        shutil.rmtree("/run/orcs-install", ignore_errors=True)
+
+    assert version.returncode == 0, version.stderr
+    assert "nothing to do" in again.stderr

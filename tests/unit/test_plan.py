@@ -1,0 +1,360 @@
+"""Plans: from data files, and what holds for every plan.
+
+A data file (``data/plan/*.yaml``) says:
+
+=============  ===========================================================================================
+``before``     a lab file; what is observed is that lab, perfect. ``demo``: the example; ``nothing``
+``damage``     what is not perfect, in order; see :class:`Damage`
+``after``      laid over ``before`` to get the wish; null takes a key away. ``removed``: the lab is taken down
+``plan``       one line per operation: impact | subject | host | summary | details
+``needs``      id → ids, for operations where the needs matter
+``xfail``      the defect that keeps it from passing
+=============  ===========================================================================================
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from orchestrator.guests.service import GuestService
+from orchestrator.plan.build import build, build_removal
+from orchestrator.plan.operations import Impact, ObservedHost, ObservedLab, Operation, Plan
+from orchestrator.spec.load import load
+from orchestrator.spec.resolve import resolve
+from orchestrator.spec.resolved import ResolvedLab
+from orchestrator.switch.service import NetworkService
+from orchestrator.testing import MemoryHost, MemoryLab, perfect
+from tests.unit.labs import EXAMPLES, demo, lab_changes, lab_files, resolved
+
+DATA = Path(__file__).parent / "data" / "plan"
+SERVICES = {"guest": GuestService, "network": NetworkService, "port": NetworkService}
+PORT_CALLS = {"port.ensure": "ensure_ports", "port.remove": "remove_ports"}
+
+
+def read_yaml(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+class Damage:
+    """What can be wrong with an observation, as a data file says it."""
+
+    def __init__(self, observed: ObservedLab) -> None:
+        observed = copy.deepcopy(observed)
+        self.hosts = dict(observed.hosts)
+        self.images = dict(observed.images)
+
+    def observed(self) -> ObservedLab:
+        return ObservedLab(self.hosts, self.images)
+
+    def _each(self, change: Any) -> None:
+        self.hosts = {name: change(name, seen) for name, seen in self.hosts.items()}
+
+    def guest(self, changes: dict[str, dict[str, Any]]) -> None:
+        """``{ann: {state: crashed}}``: facts of guests."""
+        self._each(
+            lambda _, seen: replace(
+                seen, guests=tuple(replace(facts, **changes.get(facts.name, {})) for facts in seen.guests)
+            )
+        )
+
+    def no_guest(self, name: str) -> None:
+        self._each(
+            lambda _, seen: replace(seen, guests=tuple(facts for facts in seen.guests if facts.name != name))
+        )
+
+    def no_ports(self, name: str) -> None:
+        """All taps of a guest are gone."""
+        for seen in self.hosts.values():
+            for facts in seen.networks:
+                facts.ports = {tap: owner for tap, owner in facts.ports.items() if not owner.startswith(f"{name}/")}
+
+    def network(self, changes: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """``{alpha: {lan: {mtu: 1400}}}``: facts of networks."""
+        self._each(
+            lambda host, seen: replace(
+                seen,
+                networks=tuple(
+                    replace(facts, **changes.get(host, {}).get(facts.name, {})) for facts in seen.networks
+                ),
+            )
+        )
+
+    def no_network(self, where: dict[str, str]) -> None:
+        """``{alpha: lan}``; its taps are not seen any more either."""
+        self._each(
+            lambda host, seen: replace(
+                seen, networks=tuple(facts for facts in seen.networks if facts.name != where.get(host))
+            )
+        )
+
+    def host(self, changes: dict[str, dict[str, Any]]) -> None:
+        """``{alpha: {agent: false}}``: facts of hosts."""
+        self._each(
+            lambda host, seen: replace(
+                seen, facts=replace(seen.facts, **{k: v if k != "problems" else tuple(v) for k, v in items.items()})
+            )
+            if (items := changes.get(host))
+            else seen
+        )
+
+    def no_host(self, name: str) -> None:
+        self.hosts[name] = ObservedHost()
+
+    def unreachable(self, name: str) -> None:
+        self.hosts[name] = ObservedHost(problem="no route to host")
+
+    def image(self, changes: dict[str, str | None]) -> None:
+        """``{tiny: null}``: ids of images in the cache; null: not there."""
+        self.images |= changes
+
+
+def lay_over(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    merged = {**below, **{key: lay_over(below.get(key), value) for key, value in above.items()}}
+    return {key: value for key, value in merged.items() if key not in above or value is not None}
+
+
+def resolve_file(data: Any, tmp_path: Path, previous: ResolvedLab | None) -> ResolvedLab:
+    text = io.StringIO()
+    YAML(typ="safe", pure=True).dump(data, text)
+    file = tmp_path / "lab.yaml"
+    file.write_text(text.getvalue())
+    loaded = load(file, environ={})
+    return resolve(loaded.spec, loaded.file, previous)
+
+
+def lines(plan: Plan) -> list[str]:
+    return [
+        " | ".join(
+            [operation.impact.value, operation.subject, operation.host or "-", operation.summary, *operation.detail]
+        )
+        for operation in plan.operations
+    ]
+
+
+def cases() -> list[Any]:
+    found = []
+    for path in sorted(DATA.glob("*.yaml")):
+        case = read_yaml(path.read_text())
+        marks = [pytest.mark.xfail(strict=True, reason=case["xfail"])] if "xfail" in case else []
+        found.append(pytest.param(case, id=path.stem, marks=marks))
+    return found
+
+
+def plan_of(case: dict[str, Any], tmp_path: Path) -> Plan:
+    """The plan of a data file."""
+    data = case["before"]
+    if data in ("demo", "nothing"):
+        data = read_yaml((EXAMPLES / "demo.yaml").read_text())
+    before = resolve_file(data, tmp_path, None)
+    observed = ObservedLab() if case["before"] == "nothing" else perfect(before)
+    wish = before
+    if isinstance(changes := case.get("after"), dict):
+        wish = resolve_file(lay_over(data, changes), tmp_path, before)
+    damage = Damage(observed)
+    for step in case.get("damage", []):
+        ((what, how),) = step.items()
+        getattr(damage, what.replace(" ", "_"))(how)
+    return (build_removal if case.get("after") == "removed" else build)(wish, damage.observed())
+
+
+@pytest.mark.parametrize("case", cases())
+def test_plan_of_data_file(case: dict[str, Any], tmp_path: Path) -> None:
+    plan = plan_of(case, tmp_path)
+
+    assert lines(plan) == case["plan"]
+    needs = {operation.id: list(operation.needs) for operation in plan.operations}
+    for operation, wanted in case.get("needs", {}).items():
+        assert needs[operation] == wanted
+    assert dict(plan.unreachable) == case.get("unreachable", {})
+
+
+# -- what holds for every plan ---------------------------------------------------------------------------------------
+
+
+def check_form(plan: Plan) -> None:
+    """Ids are unique, and needs refer to operations that come before."""
+    seen: set[str] = set()
+    for operation in plan.operations:
+        assert operation.id not in seen
+        assert set(operation.needs) <= seen
+        seen.add(operation.id)
+
+
+def carry_out(plan: Plan, memory: MemoryLab, count: int | None = None) -> None:
+    """The whole plan, or its first ``count`` operations."""
+    for operation in plan.operations[:count]:
+        memory.carry_out(operation)
+
+
+def there(observed: ObservedLab, *, taps: bool = True) -> dict[str, Any]:
+    """What there is, by name: on each host the networks with their taps, and the guests with their devices."""
+    return {
+        name: {
+            **{f"network {f.name}": (f.peers, f.mtu, f.ports if taps else None) for f in seen.networks},
+            **{f"guest {facts.name}": (facts.state, set(facts.nics), set(facts.disks)) for facts in seen.guests},
+        }
+        for name, seen in observed.hosts.items()
+        if seen.facts.present
+    }
+
+
+@given(lab_files())
+def test_plan_for_a_perfect_lab_is_empty(data: dict[str, Any]) -> None:
+    lab = resolved(data)
+
+    assert lines(build(lab, perfect(lab))) == []
+
+
+@given(lab_files())
+def test_plan_from_nothing_makes_the_perfect_lab(data: dict[str, Any]) -> None:
+    lab, memory = resolved(data), MemoryLab()
+    plan = build(lab, memory.observe())
+
+    carry_out(plan, memory)
+
+    check_form(plan)
+    assert there(memory.observe()) == there(perfect(lab))
+    assert {operation.impact for operation in plan.operations} <= {Impact.CREATE}
+
+
+@given(lab_changes())
+def test_plan_after_an_edit_leads_to_the_perfect_lab(change: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    before = resolved(change[0])
+    after = resolved(change[1], before)
+    memory = MemoryLab(perfect(before))
+    plan = build(after, memory.observe())
+
+    carry_out(plan, memory)
+
+    check_form(plan)
+    assert lines(build(after, memory.observe())) == []
+    assert there(memory.observe()) == there(perfect(after))
+
+
+@given(lab_files())
+def test_removal_leaves_nothing(data: dict[str, Any]) -> None:
+    lab = resolved(data)
+    memory = MemoryLab(perfect(lab))
+    plan = build_removal(lab, memory.observe())
+
+    carry_out(plan, memory)
+
+    check_form(plan)
+    assert there(memory.observe()) == {}
+    assert {operation.impact for operation in plan.operations} == {Impact.REMOVE}
+
+
+@given(lab_changes(), st.integers(0, 8))
+def test_plan_that_is_cut_short_is_finished_by_the_next(
+    change: tuple[dict[str, Any], dict[str, Any]], done: int
+) -> None:
+    before = resolved(change[0])
+    after = resolved(change[1], before)
+    memory = MemoryLab(perfect(before))
+    carry_out(build(after, memory.observe()), memory, done)
+
+    carry_out(build(after, memory.observe()), memory)
+
+    assert lines(build(after, memory.observe())) == []
+    assert there(memory.observe(), taps=False) == there(perfect(after), taps=False)  # see left_over_tap.yaml
+
+
+@given(lab_changes(), st.integers(0, 8))
+def test_plan_that_is_cut_short_is_undone_by_going_back(
+    change: tuple[dict[str, Any], dict[str, Any]], done: int
+) -> None:
+    before = resolved(change[0])
+    after = resolved(change[1], before)
+    memory = MemoryLab(perfect(before))
+    carry_out(build(after, memory.observe()), memory, done)
+    back = before.model_copy(update={"former_hosts": after.hosts})
+
+    carry_out(build(back, memory.observe()), memory)
+
+    assert lines(build(back, memory.observe())) == []
+    assert there(memory.observe(), taps=False) == there(perfect(before), taps=False)  # see left_over_tap.yaml
+
+
+def test_plan_for_an_unreachable_host_has_nothing_for_it() -> None:
+    lab = demo()
+    observed = ObservedLab({"alpha": ObservedHost(problem="no answer"), "beta": ObservedHost()})
+
+    plan = build(lab, observed)
+
+    assert {operation.host for operation in plan.operations} == {"beta", ""}
+    assert plan.unreachable == {"alpha": "no answer"}
+
+
+# -- operations fit the calls of the agent ---------------------------------------------------------------------------
+
+
+def handler(method: str) -> Any:
+    service = SERVICES[method.partition(".")[0]]
+    return getattr(service, PORT_CALLS.get(method, method.partition(".")[2]))
+
+
+def sent(operation: Operation) -> dict[str, Any]:
+    """The parameters that the agent gets."""
+    params = dict(operation.params)
+    if operation.image:
+        params["image"] = {}
+    if operation.method in ("guest.start", "guest.restart"):
+        params["keys"] = []
+    return params
+
+
+def check_fit(method: str, params: dict[str, Any]) -> None:
+    """The agent's handler of ``method`` takes ``params``, by name and by kind."""
+    bound = inspect.signature(handler(method)).bind(None, None, **params)
+    for name, value in bound.arguments.items():
+        kind = inspect.signature(handler(method)).parameters[name].annotation
+        if name in params and kind in ("str", "bool", "int", "float"):
+            assert type(value).__name__ == kind, f"{method}: {name} is {value!r}"
+        if name in params and kind.startswith(("dict", "list")):
+            assert isinstance(value, dict if kind.startswith("dict") else list), f"{method}: {name} is {value!r}"
+
+
+@pytest.mark.parametrize("case", cases())
+def test_operations_and_their_undoing_fit_the_calls_of_the_agent(case: dict[str, Any], tmp_path: Path) -> None:
+    calls = [
+        call
+        for operation in plan_of(case, tmp_path).operations
+        for call in (
+            [(operation.method, sent(operation))]
+            + ([(operation.undo.method, dict(operation.undo.params))] if operation.undo else [])
+        )
+        if call[0] not in ("host.ensure", "host.remove", "image.ensure")
+    ]
+
+    for method, params in calls:
+        check_fit(method, params)
+
+    assert all(handler(method) for method, _ in calls)
+
+
+def test_host_in_memory_has_the_calls_of_the_agent_with_their_parameters() -> None:
+    mine = MemoryHost("alpha").methods()
+
+    for method, call in mine.items():
+        if method.partition(".")[0] in SERVICES:
+            theirs = inspect.signature(handler(method)).parameters
+            ours = inspect.signature(call).parameters
+            assert list(ours) == [name for name in theirs if name != "self"], method
+            assert [parameter.annotation for parameter in ours.values()] == [
+                parameter.annotation for name, parameter in theirs.items() if name != "self"
+            ], method
+    assert {"guest.start", "guest.restart", "network.ensure", "port.ensure"} <= set(mine)
