@@ -50,7 +50,7 @@ class Outcome:
 class Executor:
     """Carries out the operations of one lab. Connections to agents are made when first needed, and shared."""
 
-    def __init__(self, lab: ResolvedLab, transports: Mapping[str, Transport], keys: Callable[[], list[str]]) -> None:
+    def __init__(self, lab: ResolvedLab, transports: Mapping[str, Transport], keys: list[str]) -> None:
         self._lab = lab
         self._transports = transports
         self._keys = keys
@@ -123,7 +123,7 @@ class Executor:
             if operation.image:
                 params["image"] = asdict(self.image(operation.image, operation.host, progress))
             if operation.method in NEEDS_KEYS:
-                params["keys"] = self._keys()
+                params["keys"] = self._keys
             self.call(operation.host, operation.method, params, progress, cancel)
 
 

@@ -16,8 +16,8 @@ Without root the defaults are the XDG folders of the user.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
-
 
 VARIABLES = ("ORCHESTRATOR_STATE", "ORCHESTRATOR_CACHE", "ORCHESTRATOR_RUN")
 
@@ -61,11 +61,12 @@ def make_dir(path: Path, mode: int = 0o755) -> Path:
 
 def write_atomic(path: Path, data: str | bytes, mode: int = 0o644) -> None:
     """Replace ``path`` in one step: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     raw = data.encode() if isinstance(data, str) else data
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
     try:
         with os.fdopen(fd, "wb") as out:
+            os.fchmod(fd, mode)
             out.write(raw)
             out.flush()
             os.fsync(out.fileno())

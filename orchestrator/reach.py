@@ -59,11 +59,11 @@ def check(lab: ResolvedLab, execute: Execute) -> list[Reached]:
     for pair in pairs(lab):
         by_source.setdefault(pair[0].name, []).append(pair)
     with ThreadPoolExecutor(max(1, len(by_source)), "reach") as pool:
-        found = pool.map(lambda mine: [_ping(*pair, execute) for pair in mine], by_source.values())
+        found = pool.map(lambda mine: [_ping(execute, *pair) for pair in mine], by_source.values())
     return [one for some in found for one in some]
 
 
-def _ping(source: ResolvedGuest, target: ResolvedGuest, network: str, address: str, execute: Execute) -> Reached:
+def _ping(execute: Execute, source: ResolvedGuest, target: ResolvedGuest, network: str, address: str) -> Reached:
     milliseconds: float | None = None
     problem: str | None = None
     argv = ["ping", "-c", str(PINGS), "-i", "0.2", "-W", str(SECONDS_PER_PING), address]

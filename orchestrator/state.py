@@ -61,7 +61,7 @@ class LabState:
         :raise StateError: the file is there and cannot be read.
         """
         try:
-            text = self._file.read_text()
+            text = self._file.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:

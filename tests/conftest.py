@@ -53,7 +53,7 @@ class Machine:
 
 
 def _processes() -> Iterator[str]:
-    """Agents and QEMUs that live (a zombie is left to whoever must reap it)."""
+    """Agents, and QEMUs of libvirt, that live (a zombie is left to whoever must reap it)."""
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -62,7 +62,8 @@ def _processes() -> Iterator[str]:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except (OSError, IndexError):
             continue
-        if state not in "ZX" and ("qemu-system" in command or "orchestrator.agent" in command):
+        ours = "orchestrator.agent" in command or ("qemu-system" in command and "guest=" in command)
+        if ours and state not in "ZX":
             yield f"{folder.name} {command[:200]}"
 
 

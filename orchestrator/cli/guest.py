@@ -79,7 +79,7 @@ def _raw_terminal() -> Iterator[None]:
         return
     before = termios.tcgetattr(0)
     try:
-        tty.setraw(0)
+        tty.setraw(0, termios.TCSANOW)  # keys typed ahead are kept
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
@@ -282,10 +282,10 @@ def resume(guest: GuestArgument, file: FileOption = None, lab: LabOption = None)
 
 def _start_call(session: GuestSession, method: str, progress: Any, **params: Any) -> None:
     wish = session.guest
-    executor = Executor(session.lab, {wish.host: session.transport}, lambda: [session.state.public_key()])
+    keys = [session.state.public_key()]
+    executor = Executor(session.lab, {wish.host: session.transport}, keys)
     try:
         image = asdict(executor.image(wish.image, wish.host, progress))
-        keys = [session.state.public_key()]
         data = {"guest": wish.model_dump(mode="json"), "image": image, "keys": keys, **params}
         executor.call(wish.host, method, data, progress)
     finally:

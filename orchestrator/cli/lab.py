@@ -138,7 +138,7 @@ class _Interrupts:
 
 
 def _carry_out(made: Plan, lab: ResolvedLab, state: LabState, hosts: dict[str, Any], jobs: int) -> Outcome:
-    executor = Executor(lab, hosts, lambda: [state.public_key()])
+    executor = Executor(lab, hosts, [state.public_key()])
     try:
         with Progress() as progress:
             interrupts = _Interrupts(progress)

@@ -113,11 +113,16 @@ def status(
     observed, data = _status(lab)
     if output_format is not Format.TABLE:
         output.data(data, output_format)
-    elif watch:
-        with Live(_tables(lab, data), console=output.stdout, screen=output.stdout.is_terminal) as live:
+    elif watch and output.stdout.is_terminal:
+        with Live(_tables(lab, data), console=output.stdout, screen=True) as live:
             while True:
                 time.sleep(every)
                 live.update(_tables(lab, _status(lab)[1]), refresh=True)
+    elif watch:
+        while True:
+            output.stdout.print(_tables(lab, data))
+            time.sleep(every)
+            data = _status(lab)[1]
     else:
         output.stdout.print(_tables(lab, data))
     if any(host.problem for host in observed.hosts.values()):

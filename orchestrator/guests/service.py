@@ -423,7 +423,8 @@ class GuestService:
         wish = ResolvedGuest.model_validate(guest)
         call.on_cancel(self.libvirt.poke)
         with self._locked(wish.name):
-            self._stop(call, wish.name, timeout, hard)
+            if self._find(wish.name):
+                self._stop(call, wish.name, timeout, hard)
             self._start(call, wish, GuestImage(**image), keys, fresh)
 
     def remove(self, call: Call, guest: str, keep_disks: bool = False) -> None:

@@ -10,8 +10,10 @@ hops are IPv6 link-local addresses (RFC 5549), so that no address of the machine
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from pyroute2 import IPRoute, NetNS, netns
 from pyroute2.netlink.exceptions import NetlinkError
 
 from orchestrator import names
-from orchestrator.errors import HostError, TakenError
+from orchestrator.errors import StateError, TakenError
 from orchestrator.hosts import agentproc
 from orchestrator.hosts.agentproc import AgentPlace
 from orchestrator.hosts.rpc import Progress, Stream
@@ -29,6 +31,8 @@ from orchestrator.hosts.transport import HostFacts
 from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
 
 NETNS_DIR = Path("/run/netns")
+_NAMESPACES = threading.Lock()  # the hosts of a lab, made in parallel, share the underlay's namespace
+
 UNDERLAY = "underlay"
 UPLINK = "uplink"
 ROOT_NEXT_HOP = "fe80::1"
@@ -98,8 +102,11 @@ class LocalTransport:
 
     def facts(self) -> HostFacts:
         _need_root()
-        if not (self._exists(self.underlay_namespace) and self._exists(self.namespace)):
+        parts = [self._exists(self.underlay_namespace), self._exists(self.namespace)]
+        if not any(parts):
             return HostFacts()
+        if not all(parts):
+            return HostFacts(present=True, problems=("a network namespace is missing",), broken=True)
         problems = []
         with _inside(self.namespace) as ip:
             index = _index(ip, UNDERLAY)
@@ -146,9 +153,10 @@ class LocalTransport:
     def ensure(self, progress: Progress) -> None:
         _need_root()
         progress("network namespace")
-        self._ensure_namespace(self.underlay_namespace, "underlay")
-        self._ensure_namespace(self.namespace, self.host.name)
-        self._ensure_underlay()
+        with _NAMESPACES:
+            self._ensure_namespace(self.underlay_namespace, "underlay")
+            self._ensure_namespace(self.namespace, self.host.name)
+            self._ensure_underlay()
         self._ensure_uplink()
         progress("agent")
         self.start_agent()
@@ -162,10 +170,7 @@ class LocalTransport:
         stale = NETNS_DIR / namespace
         if stale.exists():
             stale.unlink()
-        try:
-            netns.create(namespace)
-        except FileExistsError:
-            pass  # another host of this lab made it at the same time
+        netns.create(namespace)
         with _inside(namespace) as ip:
             ip.link("set", index=1, state="up", ifalias=names.mark(self.lab.uid, "host", name))
 
@@ -174,7 +179,7 @@ class LocalTransport:
         with _inside(self.underlay_namespace) as ip:
             bridge = _index(ip, UNDERLAY)
             if bridge is None:
-                _ignore_existing(lambda: ip.link("add", ifname=UNDERLAY, kind="bridge"))
+                ip.link("add", ifname=UNDERLAY, kind="bridge")
                 bridge = _index(ip, UNDERLAY)
             ip.link("set", index=bridge, state="up", mtu=mtu)
             port = _index(ip, self._port)
@@ -236,13 +241,18 @@ class LocalTransport:
                 self._check_uplink_is_ours(ip, index)
                 ip.link("del", index=index)
         progress("network namespace")
+        with _NAMESPACES:
+            self._remove_namespaces()
+
+    def _remove_namespaces(self) -> None:
         self._remove_namespace(self.namespace)
         if not self._exists(self.underlay_namespace):
             return
         with _inside(self.underlay_namespace) as ip:
             port = _index(ip, self._port)
             if port is not None:
-                ip.link("del", index=port)
+                with contextlib.suppress(NetlinkError):  # it goes by itself when its peer's namespace has gone
+                    ip.link("del", index=port)
             last = all(link.get("ifname") in ("lo", UNDERLAY) for link in ip.get_links())
         if last:
             self._remove_namespace(self.underlay_namespace)
@@ -255,10 +265,7 @@ class LocalTransport:
             start = agentproc.start_time(pid)
             if start is not None and pid != os.getpid():
                 agentproc.end_process(pid, start, f"a process in {namespace}")
-        try:
-            netns.remove(namespace)
-        except FileNotFoundError:
-            pass  # another host of this lab removed it at the same time
+        netns.remove(namespace)
 
     # -- talking to it -------------------------------------------------------------------------------------------
 
@@ -271,7 +278,7 @@ class LocalTransport:
 
 def _need_root() -> None:
     if os.geteuid() != 0:
-        raise HostError(
+        raise StateError(
             "local hosts are network namespaces, which only root can make",
             hint="run the command with sudo, or use hosts of kind ssh",
         )
@@ -283,11 +290,3 @@ def _default(family: int) -> dict[str, Any]:
 
 def _via(family: int, next_hop: str) -> dict[str, Any]:
     return {"via": {"family": 10, "addr": next_hop}} if family == 2 else {"gateway": next_hop}
-
-
-def _ignore_existing(make: Any) -> None:
-    try:
-        make()
-    except NetlinkError as error:
-        if error.code != errno.EEXIST:
-            raise

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from orchestrator.spec.base import Ipv4, Ipv4Net, Part, Whole, room_for_guests
+from orchestrator.spec.base import Ipv4, Ipv4Net, Part, Whole, room_for_two
 
 
 class LocalHost(Part):
@@ -60,4 +60,4 @@ class Underlay(Part):
     cidr: Ipv4Net = Field(IPv4Network("10.213.0.0/24"), description="addresses of the local hosts")
     mtu: Whole = Field(9000, ge=1280, le=65535, description="largest packet, in bytes")
 
-    _room = field_validator("cidr")(room_for_guests)
+    _room = field_validator("cidr")(room_for_two)

@@ -187,8 +187,8 @@ class Server:
                 if not isinstance(number, int):
                     raise ProtocolError("a call without a number")
                 if frame.get("cancel"):
-                    if number in calls:
-                        calls[number].cancel()
+                    if known := calls.get(number):
+                        known.cancel()
                     continue
                 method, params = frame.get("method"), frame.get("params", {})
                 if not isinstance(method, str) or not isinstance(params, dict):
@@ -376,7 +376,7 @@ class Client:
             while (frame := read_frame(self._stream)) is not None:
                 if waiting := self._waiting.get(int(frame.get("id", 0))):
                     waiting.put(frame)
-        except (OSError, ValueError, TypeError, ProtocolError) as error:
+        except (OSError, ValueError, TypeError, OverflowError, ProtocolError) as error:
             log.debug("%s: the stream ended: %s", self.peer, error)
         with self._lock:
             self._ended = True

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from orchestrator.hosts.rpc import Client, Progress, Stream
@@ -18,14 +18,16 @@ class HostFacts:
     :param present: the host can be worked on: its namespace exists, or it answers to SSH.
     :param agent: its agent answers.
     :param problems: what differs from the wish, in words; empty when nothing does.
+    :param broken: parts of it are missing, so that no agent can be there until :meth:`Transport.ensure` mends it.
     """
 
     present: bool = False
     agent: bool = False
     problems: tuple[str, ...] = ()
+    broken: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"present": self.present, "agent": self.agent, "problems": list(self.problems)}
+        return asdict(self)
 
 
 class Transport(Protocol):

@@ -34,7 +34,7 @@ BUILT_IN = {"tiny": tiny.recipe, "debian": debian.recipe}
 
 _BUILD = ".build-"
 _LOCK = ".lock-"
-_NO_ROOM = re.compile(r"no space left|not enough free space|disk quota exceeded", re.IGNORECASE)
+_NO_ROOM = re.compile(r"no space left|enough free space|disk quota exceeded", re.IGNORECASE)
 _PATHS = ("kernel", "initrd", "disk")
 
 
@@ -192,7 +192,7 @@ def _load(folder: Path) -> Image | None:
     """The image in ``folder``, or None where that is damaged."""
     try:
         image = Image.from_json(json.loads((folder / MANIFEST).read_bytes()), folder)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
     files = (image.kernel, image.initrd, image.disk)
     return image if image.id == folder.name and all(file is None or file.is_file() for file in files) else None
@@ -216,7 +216,9 @@ def _publish(name: str, source: str, built: Built, folder: Path) -> Image:
     }
     # The same contents again: only what is said about them is new.
     known = _load(target)
-    paths.write_atomic((target if known else folder) / MANIFEST, json.dumps(fields, indent=2) + "\n")
+    manifest = (target if known else folder) / MANIFEST
+    paths.write_atomic(manifest, json.dumps(fields, indent=2) + "\n")
+    manifest.chmod(0o644)
     if not known:
         _remove_tree(target)
         folder.rename(target)

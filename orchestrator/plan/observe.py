@@ -34,7 +34,7 @@ def observe_host(transport: Transport) -> ObservedHost:
     it can tell."""
     try:
         facts = transport.facts()
-        if not facts.present:
+        if not facts.present or facts.broken:
             return ObservedHost(facts)
         if not facts.agent:
             transport.start_agent()

@@ -149,7 +149,7 @@ def _network(kind: type[N], expected: str) -> BeforeValidator:
         if kind(value.split("/")[0]).network_address != network.network_address:
             raise ValueError(f"the first address of a network; here that is {network}")
         if network.is_multicast or network.is_loopback or network.is_link_local:
-            raise ValueError("a network for guests (multicast, loopback and link-local have uses of their own)")
+            raise ValueError("a network for a lab (multicast, loopback and link-local have uses of their own)")
         return network
 
     return BeforeValidator(parse)
@@ -177,11 +177,11 @@ Ipv4Net = Annotated[IPv4Network, _network(IPv4Network, "an IPv4 network such as 
 Ipv6Net = Annotated[IPv6Network, _network(IPv6Network, "an IPv6 network such as fd10::/64")]
 
 
-def room_for_guests(network: AnyNetwork) -> AnyNetwork:
+def room_for_two(network: AnyNetwork) -> AnyNetwork:
     """A field validator.
 
     :raise ValueError: the network has no room for two addresses beside its own (and IPv4's broadcast).
     """
     if network is not None and network.prefixlen > (longest := network.max_prefixlen - 2):
-        raise ValueError(f"a network with room for a gateway and a guest (/{longest} or shorter)")
+        raise ValueError(f"a network with room for two addresses (/{longest} or shorter)")
     return network

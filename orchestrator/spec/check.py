@@ -130,8 +130,7 @@ class _Checks:
         widest: tuple[Network, Keys] | None = None
         for found in sorted(ranges, key=lambda r: (r[0].version, int(r[0].network_address), r[0].prefixlen)):
             if widest and widest[0].version == found[0].version and found[0].network_address in widest[0]:
-                (_, first), (cidr, second) = sorted((widest, found), key=lambda r: order[r[1]])
-                other = found[0] if second == widest[1] else widest[0]
+                (other, first), (cidr, second) = sorted((widest, found), key=lambda r: order[r[1]])
                 self._say(second, f"{show(str(cidr))} overlaps {other}, which is {self._spell(first)}")
             else:
                 widest = found

@@ -18,7 +18,6 @@ from orchestrator.spec.report import Report
 #: A key under ``defaults`` → the section whose entries it is laid under.
 DEFAULTS = {"guest": "guests", "network": "networks", "host": "hosts"}
 
-
 #: The parts of the lab file whose entries have names.
 SECTIONS = [name for name, field in LabSpec.model_fields.items() if get_origin(field.annotation) is dict]
 

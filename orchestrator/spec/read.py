@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ MAX_FILES = 256
 
 
 class UnreadableError(Exception):
+    """A file cannot be read; the message does not name it."""
+
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -46,7 +49,7 @@ class Reader:
         :raise UnreadableError: there is no such file, or it is one too many.
         """
         self._files += 1
-        if file.resolve() in [each.resolve() for each in chain]:
+        if os.path.realpath(file) in map(os.path.realpath, chain):
             loop = " -> ".join(str(each) for each in (*chain, file))
             raise UnreadableError(f"the files include each other: {loop}")
         if self._files > MAX_FILES or len(chain) >= MAX_INCLUDE_DEPTH:
@@ -55,7 +58,7 @@ class Reader:
         self._report.sources.setdefault(file, split_lines(raw.decode("utf-8-sig", errors="replace")))
         whole = Node({}, Place(file, 1, 1), ())
         try:
-            root = Builder(file, self._report, self._environ, self._budget).build(_decode(raw))
+            root = Builder(file, _decode(raw), self._report, self._environ, self._budget).build()
         except MalformedError as error:
             place = Place(file, error.line, error.column)
             return self._skip(replace(whole, place=place), error.message, error.hint)

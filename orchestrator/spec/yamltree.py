@@ -138,26 +138,26 @@ def _explain(error: MarkedYAMLError) -> MalformedError:
 class Builder:
     """Makes the tree of one file.
 
+    :param text: the content of the file.
     :param environ: the values of variables.
     :param budget: shared by the files of one lab.
     """
 
-    def __init__(self, file: Path, report: Report, environ: Mapping[str, str], budget: Budget) -> None:
+    def __init__(self, file: Path, text: str, report: Report, environ: Mapping[str, str], budget: Budget) -> None:
         self._file = file
+        self._text = text
         self._report = report
         self._environ = environ
         self._budget = budget
-        self._text = ""
 
-    def build(self, text: str) -> Node | None:
-        """The tree of ``text``; None for an empty document.
+    def build(self) -> Node | None:
+        """The tree; None for an empty document.
 
         Duplicate keys, unset variables and the like are reported, and the tree is made nevertheless.
 
         :raise MalformedError: see :func:`compose`.
         """
-        self._text = text
-        raw = compose(text)
+        raw = compose(self._text)
         return None if raw is None else self._node(raw, (), None)
 
     def _node(self, raw: Any, keys: Keys, key: Place | None) -> Node:
@@ -171,7 +171,7 @@ class Builder:
                 place = key
             return Node(value, place, keys, key)
         if raw.tag != _TAG + ("map" if isinstance(raw, MappingNode) else "seq"):
-            self._complain(Node({}, place, keys), f"the tag {raw.tag} is not supported")
+            self._report.add(Node({}, place, keys), f"the tag {raw.tag} is not supported")
         if isinstance(raw, SequenceNode):
             value = [self._node(item, (*keys, index), None) for index, item in enumerate(raw.value)]
         else:
@@ -184,7 +184,7 @@ class Builder:
         for raw_key, raw_value in raw.value:
             place = self._place(raw_key)
             if not isinstance(raw_key, ScalarNode):
-                self._complain(Node({}, place, keys), "a key must be text")
+                self._report.add(Node({}, place, keys), "a key must be text")
                 continue
             key = raw_key.value
             node = self._node(raw_value, (*keys, key), place)
@@ -192,7 +192,7 @@ class Builder:
                 inherited = {**self._merge_key(node), **inherited}
             elif key in own:
                 twin = Node(key, place, node.keys)
-                self._complain(twin, f"the key {show(key)} is here twice; first at {own[key].key}")
+                self._report.add(twin, f"the key {show(key)} is here twice; first at {own[key].key}")
             else:
                 own[key] = node
         return {**inherited, **own}
@@ -219,12 +219,12 @@ class Builder:
         except ValueError:
             return text  # a forced tag on text that is no number: the model says what it wants
         if raw.tag not in _TEXT_TAGS:
-            self._complain(node, f"the tag {raw.tag} is not supported")
+            self._report.add(node, f"the tag {raw.tag} is not supported")
         # JSON, which is YAML, may write one character as the escapes of two surrogates
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         text = _VARIABLE.sub(lambda match: self._variable(match[0], raw, node), text)
         if odd := _FORBIDDEN.search(text):
-            self._complain(node, f"the character {odd[0]!r} is not allowed")
+            self._report.add(node, f"the character {odd[0]!r} is not allowed")
         return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
     def _number(self, kind: str, node: Node) -> int | float:
@@ -232,7 +232,7 @@ class Builder:
         if kind == "float":
             return float(digits.replace(".inf", "inf").replace(".nan", "nan"))
         if len(digits) > _MAX_DIGITS:
-            self._complain(node, "the number is too large")
+            self._report.add(node, "the number is too large")
             return 0
         return int(digits, 0 if digits.lstrip("+-")[:2] in ("0x", "0o", "0b") else 10)
 
@@ -254,12 +254,9 @@ class Builder:
             hint = "write ${NAME} or ${NAME:-default}; $$ gives a dollar sign"
         index = self._text.find(reference, raw.start_mark.index, raw.end_mark.index)
         at = Place(self._file, *position(self._text, index)) if index >= 0 else node.place
-        self._complain(replace(node, place=at), message, hint)
+        self._report.add(replace(node, place=at), message, hint=hint)
         self._report.silence(node.place)
         return ""
 
     def _place(self, raw: Any) -> Place:
         return Place(self._file, raw.start_mark.line + 1, raw.start_mark.column + 1)
-
-    def _complain(self, node: Node, message: str, hint: str | None = None) -> None:
-        self._report.add(node, message, hint=hint)

@@ -172,7 +172,7 @@ def ensure(uid: str, wanted: Membership) -> None:
     """
     network = wanted.network
     with _netlink(f"network {network.name}") as ip:
-        _remove_renamed(ip, uid, network)
+        _rename(ip, uid, network)
         bridge = _ensure_bridge(ip, uid, network)
         if wanted.peers:
             _ensure_vxlan(ip, uid, wanted, bridge)
@@ -182,10 +182,12 @@ def ensure(uid: str, wanted: Membership) -> None:
     _set_forwarding(network.bridge, wanted.forward)
 
 
-def _remove_renamed(ip: IPRoute, uid: str, network: ResolvedNetwork) -> None:
+def _rename(ip: IPRoute, uid: str, network: ResolvedNetwork) -> None:
     for link in ip.get_links():
         owner = names.parse_mark(link.get("ifalias"))
         if owner == (uid, "network", network.name) and link.get("ifname") != network.bridge:
+            if taken := _link(ip, network.bridge):
+                _owned(taken, uid, "network", network.name)
             ip.link("set", index=link["index"], state="down")
             ip.link("set", index=link["index"], ifname=network.bridge)
 

@@ -18,7 +18,7 @@ from orchestrator.spec.base import (
     Name,
     Part,
     Pattern,
-    room_for_guests,
+    room_for_two,
 )
 
 MIN_IPV6_MTU = 1280  # RFC 8200, section 5
@@ -45,7 +45,7 @@ class NetworkSpec(Part):
     bridge: LinkName | None = Field(None, description="name of the bridge on each host; default: generated")
     datapath: Literal["bridge"] = Field("bridge", description="what carries the datagrams")
 
-    _room = field_validator("ipv4", "ipv6")(room_for_guests)
+    _room = field_validator("ipv4", "ipv6")(room_for_two)
 
     @field_validator("mtu")
     @classmethod

@@ -216,8 +216,6 @@ class MemoryHost:
         timeout: float = 20,
         hard: bool = False,
     ) -> None:
-        if guest["name"] not in self.guests:
-            raise StateError(f"there is no guest {guest['name']}")
         self.guest_start(call, guest, image, keys, fresh)
 
     def guest_update(self, call: Call, guest: dict[str, Any], image: dict[str, Any]) -> None:
@@ -289,7 +287,9 @@ class MemoryTransport:
         ours, theirs = socket.socketpair()
         server = Server()
         self.memory.register(server)
-        threading.Thread(target=server.serve_stream, args=(theirs,), name=f"memory {self.host.name}").start()
+        threading.Thread(
+            target=server.serve_stream, args=(theirs,), name=f"memory {self.host.name}", daemon=True
+        ).start()
         return ours
 
     def close(self) -> None:

@@ -81,7 +81,7 @@ def test_a_seed_has_the_label_and_the_files(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o644
     for name, text in zip(("meta-data", "user-data", "network-config"), SEED, strict=True):
         out = tmp_path / "out" / name
-        command = ["xorriso", "-osirrox", "on", "-indev", target, "-extract", f"/{name}", out]
+        command = ["xorriso", "-osirrox", "on", "-indev", str(target), "-extract", f"/{name}", str(out)]
         subprocess.run(command, check=True, capture_output=True)
         assert out.read_text() == text
 

@@ -114,7 +114,7 @@ def test_a_folder_is_no_image(tmp_path: Path) -> None:
 def test_wrong_checksum_gives_both_and_keeps_nothing(disk: Path, tmp_path: Path, cache: Path, kind: str) -> None:
     place = {"path": str(disk), "url": f"file://{disk}"}[kind]
     with pytest.raises(ImageError, match="another checksum") as caught:
-        ensure(tmp_path, **{kind: place}, sha256="0" * 64)
+        ensure(tmp_path, None, **{kind: place}, sha256="0" * 64)
     assert caught.value.tail == (f"expected sha256 {'0' * 64}", f"found    sha256 {SUM}")
     assert images_in(cache) == []
 

@@ -44,10 +44,11 @@ def test_seed_says_who_the_guest_is() -> None:
         "accept-ra": False,
         "mtu": 1400,
         "addresses": ["10.0.0.5/24", "fd00::5/64"],
-        "routes": [{"to": "0.0.0.0/0", "via": "10.0.0.1"}, {"to": "::/0", "via": "fd00::1"}],
+        "gateway4": "10.0.0.1",
+        "gateway6": "fd00::1",
     }
     assert nics["nic1"]["addresses"] == []
-    assert "routes" not in nics["nic1"]
+    assert "gateway4" not in nics["nic1"]
 
 
 def test_a_guest_without_nics_has_an_empty_network() -> None:
