@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from orchestrator import paths
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 MS_BIND = 4096
@@ -43,12 +45,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _hide_kvm(run_dir: Path) -> None:
+def _hide_kvm() -> None:
     """Where KVM does not work, keep libvirt from finding /dev/kvm: it would probe QEMU anew at every step, because
     what root finds and what QEMU's user finds differ. Only in a mount namespace of our own."""
     if not Path("/dev/kvm").exists():
         return
-    empty = run_dir / "no-kvm"
+    empty = paths.make_dir(paths.cache()) / "no-kvm"  # one for all: what is found with it is found once
     empty.touch(mode=0o600)
     _libc("mount", str(empty).encode(), b"/dev/kvm", None, MS_BIND, None)
 
@@ -58,7 +60,7 @@ def supervise(args: argparse.Namespace) -> int:
 
     _libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if args.own_mounts and args.libvirt == "embed" and accel.probe().kind != "kvm":
-        _hide_kvm(Path(args.run_dir))
+        _hide_kvm()
     parent, child, stopping = os.getpid(), 0, False
 
     def stop(*_: object) -> None:

@@ -172,7 +172,7 @@ def _attempt(emulator: str, kind: Literal["kvm", "tcg"], limit: float) -> _Attem
         disk.write_bytes(_BOOT_SECTOR.ljust(510, b"\xf4") + b"\x55\xaa")
         os.truncate(disk, _DISK_SIZE)
         args = [emulator, "-M", "q35", *_MACHINES[kind], "-m", "32", "-nodefaults", "-no-user-config", "-no-reboot"]
-        args += ["-display", "none", "-drive", f"file={disk},format=raw,if=ide"]
+        args += ["-display", "none", "-drive", f"file={disk},format=raw,if=virtio"]
         args += ["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]
         started = time.monotonic()
         try:

@@ -27,7 +27,7 @@ PACKAGES = (
 
 SIZE = "4G"  # of the disk; what is empty takes no room
 LABEL = "orc-root"
-CMDLINE = "console=ttyS0 quiet cryptomgr.notests rcupdate.rcu_expedited=1 net.ifnames=0 systemd.show_status=0"
+CMDLINE = "console=ttyS0 quiet cryptomgr.notests net.ifnames=0 systemd.show_status=0"
 
 # What the initramfs needs to find the disk.
 MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "ext4", "crc32c_generic")

@@ -366,15 +366,15 @@ def test_running_domain_is_read_as_it_is_now(state: str, connected: bool) -> Non
 
 
 @pytest.fixture
-def test_driver() -> Iterator[libvirt.virConnect]:
+def memory_driver() -> Iterator[libvirt.virConnect]:
     """libvirt's own driver for tests: it has the domains of this test only, and no QEMU."""
     connection = libvirt.open("test:///default")
     yield connection
     connection.close()
 
 
-def test_metadata_changed_while_the_guest_runs_is_read_back(test_driver: libvirt.virConnect) -> None:
-    dom = test_driver.defineXML(
+def test_metadata_changed_while_the_guest_runs_is_read_back(memory_driver: libvirt.virConnect) -> None:
+    dom = memory_driver.defineXML(
         "<domain type='test'><name>ann</name><memory>1024</memory><os><type>hvm</type></os></domain>"
     )
     guest = ann(cmdline=NASTY, description=NASTY)
