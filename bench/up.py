@@ -91,6 +91,10 @@ def bare(words: list[str], index: int, folder: Path) -> list[str]:
                 value = f"file,id=charserial0,path={folder}/console{index}.log"
             else:
                 value = re.sub(r"fd=\d+", f"path={folder}/agent{index}.sock", value)
+        if word == "-blockdev" and value and (file := re.search(r'"filename":"([^"]+)"', value)):
+            disk = folder / f"bench{index}-{Path(file[1]).name}"
+            shutil.copy(file[1], disk)  # `down` removes the lab's own
+            value = value.replace(file[1], str(disk))
         if word == "-netdev" and value:
             value = f"tap,id={_netdev_id(value)},ifname=bench{index},script=no,downscript=no"
         made += [word] if value is None else [word, value]
@@ -177,9 +181,8 @@ def main() -> None:
     mine = Ours(folder)
     try:
         mine.up()
-        lines = mine.command_lines()
+        other = Bare(folder, mine.command_lines())
         mine.down()
-        other = Bare(folder, lines)
         for number in range(rounds):
             ours.append(mine.up())
             again.append(mine.up())

@@ -366,9 +366,10 @@ def test_running_domain_is_read_as_it_is_now(state: str, connected: bool) -> Non
 
 
 @pytest.fixture
-def memory_driver() -> Iterator[libvirt.virConnect]:
+def memory_driver(tmp_path: Path) -> Iterator[libvirt.virConnect]:
     """libvirt's own driver for tests: it has the domains of this test only, and no QEMU."""
-    connection = libvirt.open("test:///default")
+    (tmp_path / "node.xml").write_text("<node/>")
+    connection = libvirt.open(f"test://{tmp_path}/node.xml")
     yield connection
     connection.close()
 
