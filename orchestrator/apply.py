@@ -158,36 +158,40 @@ class _Run:
 
     def run(self) -> Outcome:
         with concurrent.futures.ThreadPoolExecutor(self._jobs, "apply") as pool:
-            running: dict[concurrent.futures.Future[None], Operation] = {}
-            while True:
-                while len(running) < self._jobs and (operation := self._next()):
-                    running[pool.submit(self._one, operation)] = operation
-                if not running:
-                    break
-                if not self._cancel.is_set() and self._stop():
-                    self._cancel.set()
-                done, _ = concurrent.futures.wait(
-                    running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    self._settle(running.pop(future), future)
+            try:
+                self._work(pool)
+            except BaseException:
+                self._cancel.set()  # the pool waits for what is under way
+                raise
         self._outcome.cancelled = self._cancel.is_set()
         if self._outcome.cancelled:
             self._outcome.skipped += self._waiting
             self._roll_back()
         return self._outcome
 
+    def _work(self, pool: concurrent.futures.ThreadPoolExecutor) -> None:
+        running: dict[concurrent.futures.Future[None], Operation] = {}
+        while True:
+            while len(running) < self._jobs and (operation := self._next()):
+                running[pool.submit(self._one, operation)] = operation
+            if not running:
+                break
+            if not self._cancel.is_set() and self._stop():
+                self._cancel.set()
+            done, _ = concurrent.futures.wait(running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                self._settle(running.pop(future), future)
+
     def _next(self) -> Operation | None:
         """An operation whose needs are met; those that can never be are dropped on the way."""
         if self._cancel.is_set():
             return None
         for operation in list(self._waiting):
-            if self._given_up.intersection(operation.needs):
+            if self._given_up.intersection(operation.needs):  # needs stand before: one pass finds all that follow
                 self._waiting.remove(operation)
                 self._given_up.add(operation.id)
                 self._outcome.skipped.append(operation)
-                return self._next()
-            if self._finished.issuperset(operation.needs):
+            elif self._finished.issuperset(operation.needs):
                 self._waiting.remove(operation)
                 return operation
         return None

@@ -210,14 +210,16 @@ def _tree(base: type[OrchestratorError]) -> dict[str, type[OrchestratorError]]:
     return found
 
 
-def from_wire(data: dict[str, Any]) -> OrchestratorError:
+def from_wire(data: Any) -> OrchestratorError:
     """The error that a peer described; an unknown kind becomes the base class."""
+    if not isinstance(data, dict):
+        return OrchestratorError(f"the peer reported an error that is none: {str(data)[:200]}")
     cls = _tree(OrchestratorError).get(str(data.get("kind")), OrchestratorError)
-    tail = data.get("tail")
+    tail, hint, command = data.get("tail"), data.get("hint"), data.get("command")
     return cls(
         str(data.get("message", "the peer reported an error without a message")),
-        hint=data.get("hint"),
-        command=data.get("command"),
+        hint=None if hint is None else str(hint),
+        command=None if command is None else str(command),
         tail=[str(line) for line in tail] if isinstance(tail, list) else (),
         **cls.more_from_wire(data),
     )

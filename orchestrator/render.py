@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from orchestrator import paths
@@ -151,14 +152,20 @@ def ssh_arguments(guest: ResolvedGuest, state: LabState, port: int = 22) -> dict
     command = [*prefix, sys.executable, "-m", "orchestrator", "connect", "--lab", state.lab, guest.name, str(port)]
     return {
         "User": "root",
-        "IdentityFile": str(state.ssh_key),
+        "IdentityFile": _ssh_path(state.ssh_key),
         "IdentitiesOnly": "yes",
         "HostKeyAlias": f"{state.lab}.{guest.name}",
-        "UserKnownHostsFile": str(state.known_hosts),
+        "UserKnownHostsFile": _ssh_path(state.known_hosts),
         "StrictHostKeyChecking": "accept-new",
         "ProxyCommand": shlex.join(command).replace("%", "%%"),
         "LogLevel": "ERROR",
     }
+
+
+def _ssh_path(path: Path) -> str:
+    """A path as ssh_config(5) takes it: percent signs doubled, quoted where there are spaces."""
+    text = str(path).replace("%", "%%")
+    return f'"{text}"' if " " in text else text
 
 
 def ssh_config(lab: ResolvedLab, state: LabState) -> str:

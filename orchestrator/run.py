@@ -81,8 +81,8 @@ def run(
         if cwd is not None and not cwd.is_dir():
             raise CommandError(f"{cwd}: no such folder", command=line) from error
         raise _not_found(args, line, hint) from error
-    except PermissionError as error:
-        raise CommandError(f"{os.fspath(args[0])}: permission denied", command=line, hint=hint) from error
+    except OSError as error:
+        raise CommandError(f"{os.fspath(args[0])}: {str(error.strerror).lower()}", command=line, hint=hint) from error
     except subprocess.TimeoutExpired as error:
         raise CommandError(
             f"{os.fspath(args[0])} did not end within {timeout:.0f} s",
@@ -142,5 +142,5 @@ def spawn(
         )
     except FileNotFoundError as error:
         raise _not_found(args, line, hint) from error
-    except PermissionError as error:
-        raise CommandError(f"{os.fspath(args[0])}: permission denied", command=line, hint=hint) from error
+    except OSError as error:
+        raise CommandError(f"{os.fspath(args[0])}: {str(error.strerror).lower()}", command=line, hint=hint) from error

@@ -117,9 +117,25 @@ class LabState:
 
         :raise LockedError: another command holds it; the message says which.
         """
+        file = paths.runtime() / f"{self.lab}.lock"
+        fd = self._take(file)
+        while not _same_file(fd, file):  # its last holder removed it between our open and our lock
+            os.close(fd)
+            fd = self._take(file)
         try:
-            locks = paths.make_dir(paths.runtime())
-            fd = os.open(locks / f"{self.lab}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps({"pid": os.getpid(), "command": shell_line(sys.argv)}).encode(), 0)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.unlink()
+                file.parent.rmdir()
+            os.close(fd)
+
+    def _take(self, file: Path) -> int:
+        try:
+            paths.make_dir(file.parent)
+            fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise StateError(f"{error.filename}: {error.strerror}", hint="run the command with sudo") from error
         try:
@@ -130,15 +146,14 @@ class LabState:
             raise LockedError(
                 f"lab {self.lab} is being changed by {owner}", hint="wait until it ends, or end it"
             ) from error
-        try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps({"pid": os.getpid(), "command": shell_line(sys.argv)}).encode(), 0)
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                (locks / f"{self.lab}.lock").unlink()
-                locks.rmdir()
-            os.close(fd)
+        return fd
+
+
+def _same_file(fd: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read_owner(fd: int) -> str:

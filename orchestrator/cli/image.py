@@ -86,7 +86,9 @@ def _in_use() -> set[str]:
 
 
 def prune(
-    everything: Annotated[bool, typer.Option("--all", help="Also those that are not old.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", envvar="ORCHESTRATOR_IMAGE_PRUNE_ALL", help="Also those that are not old.")
+    ] = False,
     days: Annotated[float, typer.Option("--days", min=0, help="Remove what is older than this.")] = 30,
 ) -> None:
     """Remove images that no lab uses, and what broken builds left."""

@@ -84,8 +84,8 @@ def plan(
 
     Each line says what it means for what runs: create, live, restart, recreate (contents are lost) or remove.
     """
-    lab, _ = wished(file)
-    with transports(lab) as hosts:
+    lab, state = wished(file)
+    with transports(_with_former(lab, state.load())) as hosts:
         made = build(lab, observe(lab, hosts.values()))
     if output_format is not Format.TABLE:
         output.data(made.to_json(), output_format)

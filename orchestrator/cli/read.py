@@ -16,8 +16,8 @@ from orchestrator import reach as reachability
 from orchestrator import render
 from orchestrator.cli import output
 from orchestrator.cli.output import Format
-from orchestrator.cli.session import FileOption, GuestSession, LabOption, OutputOption, current, transports
-from orchestrator.errors import HostError, OrchestratorError
+from orchestrator.cli.session import FileOption, GuestSession, LabOption, OutputOption, current, transports, wished
+from orchestrator.errors import HostError, NotFoundError
 from orchestrator.hosts.transport import client
 from orchestrator.plan.build import build
 from orchestrator.plan.observe import observe
@@ -192,14 +192,16 @@ def _structured(chosen: Format) -> Format:
 def graph(
     file: FileOption = None,
     lab_name: LabOption = None,
-    kind: Annotated[GraphFormat, typer.Option("--format", help="mermaid, dot or svg.")] = GraphFormat.MERMAID,
+    kind: Annotated[
+        GraphFormat, typer.Option("--format", envvar="ORCHESTRATOR_GRAPH_FORMAT", help="mermaid, dot or svg.")
+    ] = GraphFormat.MERMAID,
 ) -> None:
     """Draw the lab: hosts, networks and guests."""
     try:
         lab, _ = current(file, lab_name)
-    except OrchestratorError:
-        from orchestrator.cli.session import wished
-
+    except NotFoundError:
+        if lab_name is not None:
+            raise
         lab, _ = wished(file)
     output.stdout.print(render.graph(lab, kind), markup=False)
 

@@ -27,7 +27,9 @@ def doctor(
     lab_name: LabOption = None,
     output_format: OutputOption = Format.TABLE,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this check; may be repeated.")] = None,
-    list_checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
+    list_checks: Annotated[
+        bool, typer.Option("--list", envvar="ORCHESTRATOR_DOCTOR_LIST", help="List the checks.")
+    ] = False,
     clean: Annotated[bool, typer.Option("--clean", help="Remove what dead labs left behind.")] = False,
 ) -> None:
     """Check by doing whether this machine can carry a lab, and say how to mend what cannot."""

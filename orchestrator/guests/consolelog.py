@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import select
+import socket
 import termios
 import threading
 import tty
@@ -22,6 +23,7 @@ from orchestrator.hosts.rpc import Stream, relay
 TAIL_BYTES = 64 << 10
 PANIC = re.compile(rb"Kernel panic - not syncing:?[^\r\n]*")
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[78=>c]|[\x00-\x08\x0b-\x1f]")
+_CONTROLS = re.compile("[\x7f-\x9f]")  # DEL, and C1, which terminals obey too
 
 
 def tail_bytes(log: Path, limit: int = TAIL_BYTES) -> bytes:
@@ -37,7 +39,7 @@ def tail_bytes(log: Path, limit: int = TAIL_BYTES) -> bytes:
 
 def clean(raw: bytes) -> list[str]:
     """Console bytes as lines without terminal control."""
-    text = _ESCAPES.sub(b"", raw.replace(b"\r", b"")).decode(errors="replace")
+    text = _CONTROLS.sub("", _ESCAPES.sub(b"", raw.replace(b"\r", b"")).decode(errors="replace"))
     return [line.rstrip() for line in text.split("\n") if line.strip()]
 
 
@@ -126,8 +128,11 @@ class Consoles:
                     raise GuestError(
                         f"guest {guest}: somebody else is at its console", hint="take it over with --force"
                     )
+                first = self._held.pop(guest)
                 with contextlib.suppress(OSError):
-                    self._held.pop(guest).close()
+                    if isinstance(first, socket.socket):
+                        first.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it
+                    first.close()
             fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
             tty.setraw(fd, termios.TCSANOW)
             stream = self._held[guest] = open_stream()

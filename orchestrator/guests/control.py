@@ -29,7 +29,7 @@ class Difference:
 
 def _arrow(key: str, old: Any, new: Any) -> str:
     def short(value: Any) -> str:
-        text = "none" if value in (None, "", []) else str(value)
+        text = "none" if value in (None, "", []) else " ".join(str(value).split())
         return text if len(text) <= 60 else f"{text[:57]}…"
 
     return f"{key}: {short(old)} → {short(new)}"

@@ -101,7 +101,11 @@ def interface_xml(nic: ResolvedNic) -> str:
 
 def disk_target(serial: str, bus: str, index: int) -> str:
     """The target name that libvirt wants: ``vda``, ``sdb`` …"""
-    return ("vd" if bus == "virtio" else "sd") + chr(ord("a") + index)
+    letters = ""
+    while index >= 0:
+        letters = chr(ord("a") + index % 26) + letters
+        index = index // 26 - 1
+    return ("vd" if bus == "virtio" else "sd") + letters
 
 
 def disk_xml(
@@ -222,7 +226,9 @@ def parse(xml: str) -> DomainView | None:
         return None
     try:
         data = json.loads(mark.text or "")
-        wish, image, ready = data["guest"], data["image"], data["ready"]
+        wish, image, ready = data["guest"], str(data["image"]), str(data["ready"])
+        if not isinstance(wish, dict):
+            raise TypeError(f"its wish is {type(wish).__name__}")
         identity = Identity(lab=mark.attrib["lab"], uid=mark.attrib["uid"], host=mark.attrib["host"])
         name = mark.attrib["name"]
     except (ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -33,9 +34,12 @@ from orchestrator.patience import Deadline, scaled
 from orchestrator.spec.base import format_size
 from orchestrator.spec.resolved import ResolvedDisk, ResolvedGuest, ResolvedNic
 
+log = logging.getLogger(__name__)
+
 READY_SECONDS = 60.0
 STOP_SECONDS = 20.0
 PLUG_SECONDS = 10.0
+MAX_CMDLINE = 2047  # COMMAND_LINE_SIZE of x86, less the terminating zero
 MEMORY_BLOCK = 128 << 20  # Linux on x86 takes plugged memory in blocks of this size
 _LIVE_AND_LATER = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
 
@@ -120,6 +124,10 @@ class GuestService:
     def console_log(self, guest: str) -> Path:
         return self.folder(guest) / "console.log"
 
+    def _started(self, guest: str) -> Path:
+        """A file that was last changed when the guest was last started."""
+        return self.folder(guest) / "started"
+
     @contextlib.contextmanager
     def _locked(self, guest: str) -> Iterator[None]:
         with self._locks_lock:
@@ -168,6 +176,9 @@ class GuestService:
                 state, reason = dom.state()
             except libvirt.libvirtError:
                 continue  # it went while we looked
+            except GuestError as error:
+                log.warning("%s", error)  # a damaged domain must not hide the others
+                continue
             if view is None or view.identity.uid != self.identity.uid:
                 continue
             found.append(self._facts(view, state, reason).to_json())
@@ -176,8 +187,8 @@ class GuestService:
     def _facts(self, view: DomainView, state: int, reason: int) -> GuestFacts:
         word = STATES.get(state, "unknown")
         why = OFF_REASONS.get(reason, "") if word == "off" else ""
-        log = self.console_log(view.name)
-        panicked = consolelog.panic(log) if word in ("running", "off", "crashed") else None
+        console = self.console_log(view.name)
+        panicked = consolelog.panic(console) if word in ("running", "off", "crashed") else None
         if why in ("crashed", "lost", "failed") or (panicked and word == "off"):
             word = "crashed"
         elif panicked and word == "running":
@@ -196,8 +207,8 @@ class GuestService:
             memory_total=view.memory_total,
             nics=view.nics,
             disks=[serial for serial in view.disks if serial not in (domain.ROOT_DISK, domain.SEED_DISK)],
-            tail=consolelog.tail(log) if word == "crashed" else [],
-            since=log.stat().st_ctime if word == "running" and log.exists() else None,
+            tail=consolelog.tail(console) if word == "crashed" else [],
+            since=_modified(self._started(view.name)) if word == "running" else None,
         )
 
     def _is_ready(self, view: DomainView, ready: str) -> bool:
@@ -241,6 +252,7 @@ class GuestService:
             consolelog.rotate(self.console_log(wish.name))
             with libvirt_errors(f"guest {wish.name} does not start", hint="`orchestrator doctor` tells more"):
                 dom.create()
+            self._started(wish.name).touch()
         self._wait(call, wish, image)
 
     def _define(
@@ -290,9 +302,13 @@ class GuestService:
         if image.disk:
             if fresh:
                 root.unlink(missing_ok=True)
-            if disk.backing_file(root) != Path(image.disk):
+            if not root.exists() or disk.backing_file(root) != Path(image.disk):
                 disk.create_overlay(Path(image.disk), image.disk_format or "qcow2", root, wish.disk_size)
             self._give_to_qemu(root)
+        wanted = {domain.disk_file(folder, extra): extra for extra in wish.disks}
+        for file in folder.glob("disk-*.qcow2"):
+            if file not in wanted or (fresh and disk.info(file)["virtual-size"] != wanted[file].size):
+                file.unlink()
         for extra in wish.disks:
             self._ensure_disk(folder, extra)
         nics = [_seed_nic(nic) for nic in wish.nics]
@@ -304,7 +320,14 @@ class GuestService:
             disk.create_seed(folder / "seed.iso", meta, user, network)
         elif image.kernel:
             words.append(seed.tiny_cmdline(hostname=wish.name, ssh_keys=list(keys), nics=nics))
-        return " ".join(word for word in (*words, wish.cmdline) if word)
+        cmdline = " ".join(word for word in (*words, wish.cmdline) if word)
+        length = len(cmdline.encode())
+        if length > MAX_CMDLINE:
+            raise GuestError(
+                f"guest {wish.name}: the kernel command line has {length} bytes; at most {MAX_CMDLINE} work",
+                hint="shorten `cmdline`, or give the guest fewer NICs",
+            )
+        return cmdline
 
     def _ensure_disk(self, folder: Path, wanted: ResolvedDisk) -> Path:
         file = domain.disk_file(folder, wanted)
@@ -354,6 +377,8 @@ class GuestService:
             in_time = self.libvirt.wait(settled, deadline)
         if failure is None and in_time:
             return
+        if consolelog.panic(log):
+            self._destroy(dom)  # a kernel that has panicked spins for ever
         raise GuestError(
             f"guest {wish.name}: {failure}"
             if failure
@@ -673,6 +698,14 @@ class GuestService:
         with self._locked(guest):
             dom, _ = self._get(guest)
             snapshots.delete(dom, self.folder(guest), name)
+
+
+def _modified(file: Path) -> float | None:
+    """Seconds since the epoch; None where there is no such file."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _seed_nic(nic: ResolvedNic) -> seed.SeedNic:

@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ class Snapshot:
     size: int
     disks: list[str]
     description: str
+    tag: str
+    """Name of the snapshot inside the disks. Never used twice: a disk keeps it when a guest that runs deletes its
+    snapshot. Never a number: qemu-img would take that for a position."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,8 +65,9 @@ def list_all(guest_folder: Path) -> list[Snapshot]:
     found = []
     for manifest in (guest_folder / "snapshots").glob("*/snapshot.json"):
         try:
-            found.append(Snapshot(**json.loads(manifest.read_text())))
-        except (ValueError, TypeError, OSError):
+            data = json.loads(manifest.read_text())
+            found.append(Snapshot(**data | {"created": float(data["created"])}))
+        except (ValueError, TypeError, KeyError, OSError):
             continue
     return sorted(found, key=lambda snapshot: snapshot.created)
 
@@ -92,6 +97,7 @@ def save(
     shutil.rmtree(folder, ignore_errors=True)
     make_dir(folder)
     memory = folder / "memory"
+    tag = f"orc-{uuid.uuid4().hex[:12]}"
     disks = _disk_files(guest_folder, view)
     was_paused = dom.state()[0] == libvirt.VIR_DOMAIN_PAUSED
     conn = dom.connect()
@@ -100,7 +106,7 @@ def save(
     try:
         for disk in disks:
             progress(f"disk {disk.stem}")
-            run(["qemu-img", "snapshot", "-c", name, disk])
+            run(["qemu-img", "snapshot", "-c", tag, disk])
     finally:
         progress("going on")
         conn.restoreFlags(
@@ -112,6 +118,7 @@ def save(
         size=memory.stat().st_size,
         disks=[disk.stem for disk in disks],
         description=description,
+        tag=tag,
     )
     write_atomic(folder / "snapshot.json", json.dumps(snapshot.to_json()))
     return snapshot
@@ -141,7 +148,7 @@ def restore(
         dom.destroy()
     for disk in disks:
         progress(f"disk {disk.stem}")
-        run(["qemu-img", "snapshot", "-a", name, disk])
+        run(["qemu-img", "snapshot", "-a", snapshot.tag, disk])
     progress("reading its memory")
     conn.restoreFlags(str(_folder(guest_folder, name) / "memory"), None, libvirt.VIR_DOMAIN_SAVE_RUNNING)
 
@@ -152,5 +159,5 @@ def delete(dom: libvirt.virDomain, guest_folder: Path, name: str) -> None:
     snapshot = get(guest_folder, name)
     if not dom.isActive():
         for stem in snapshot.disks:
-            run(["qemu-img", "snapshot", "-d", name, guest_folder / f"{stem}.qcow2"], check=False)
+            run(["qemu-img", "snapshot", "-d", snapshot.tag, guest_folder / f"{stem}.qcow2"], check=False)
     shutil.rmtree(_folder(guest_folder, name))

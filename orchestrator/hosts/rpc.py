@@ -237,6 +237,8 @@ class Server:
         calls.pop(number, None)
         try:
             send(answer)
+        except (TypeError, ValueError) as error:
+            send({"id": number, "error": OrchestratorError(f"{method}: its result is no JSON: {error}").to_wire()})
         except ProtocolError as error:
             send({"id": number, "error": error.to_wire()})
 
@@ -258,14 +260,15 @@ class Server:
 
         try:
             handler(open_stream, **params)
-        except OSError as error:
-            log.info("a raw stream ended: %s", error)
         except Exception as error:
-            if not isinstance(error, OrchestratorError):
+            if opened and isinstance(error, OSError):
+                log.info("a raw stream ended: %s", error)
+            elif not isinstance(error, OrchestratorError):
                 log.exception("a raw stream failed")
-                error = OrchestratorError(repr(error))
             if not opened:
-                send({"id": number, "error": error.to_wire()})
+                said = str(error) if isinstance(error, OSError) else repr(error)
+                known = error if isinstance(error, OrchestratorError) else OrchestratorError(said)
+                send({"id": number, "error": known.to_wire()})
 
 
 class Client:

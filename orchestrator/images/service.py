@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from orchestrator import paths
 from orchestrator.errors import ImageError, OrchestratorError
 from orchestrator.hosts.rpc import Call, Server, Stream
+from orchestrator.images import store
 
 IMAGE_ID = re.compile(r"[a-z][a-z0-9-]{0,63}-[0-9a-f]{12}\Z")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
@@ -54,27 +54,24 @@ class ImageService:
         for file in files:
             if not FILE_NAME.match(str(file["name"])) or not isinstance(file["size"], int) or file["size"] < 0:
                 raise ImageError(f"image {image}: a file of it has no proper name or size")
-        store = paths.make_dir(target.parent)
-        needed, free = sum(file["size"] for file in files), shutil.disk_usage(store).free
+        cache = paths.make_dir(target.parent)
+        needed, free = sum(file["size"] for file in files), shutil.disk_usage(cache).free
         if needed > free:
             raise ImageError(
                 f"image {image} needs {needed >> 20} MiB, the disk has {free >> 20} MiB left",
                 hint="orchestrator image prune",
             )
         stream = open_stream(None)
-        building = Path(tempfile.mkdtemp(prefix=".build-", dir=store))
         try:
-            building.chmod(0o755)
-            for file in files:
-                _take(stream, building / file["name"], file["size"], file["sha256"])
-            paths.write_atomic(building / "manifest.json", json.dumps(manifest))
-            if not (target / "manifest.json").exists():
-                building.rename(target)
+            with store.workspace(image, lambda _: None) as building:
+                for file in files:
+                    _take(stream, building / file["name"], file["size"], file["sha256"])
+                paths.write_atomic(building / "manifest.json", json.dumps(manifest))
+                if not (target / "manifest.json").exists():
+                    building.rename(target)
             answer: dict[str, Any] = {"folder": str(target)}
         except (OSError, OrchestratorError) as error:
             answer = {"error": str(error)}
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
         stream.sendall(json.dumps(answer).encode() + b"\n")
 
 

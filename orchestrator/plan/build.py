@@ -23,6 +23,8 @@ def build(lab: ResolvedLab, observed: ObservedLab) -> Plan:
     planner = _Planner(lab, observed)
     for seen in observed.guests():
         planner.remove_guest_if_unwanted(seen)
+    for host in observed.hosts:
+        planner.drop_orphan_ports(host)
     for host in lab.hosts:
         planner.host(host)
         planner.networks(host)
@@ -152,16 +154,28 @@ class _Planner:
         )
         self._drop_ports(facts.name, facts.host, [], removed)
 
+    def drop_orphan_ports(self, host: str) -> None:
+        """Taps whose guest is not there: left by a command that was killed."""
+        there = {facts.name for facts in self._seen(host).guests}
+        wanted = [nic.tap for guest in self.lab.guests_of(host) for nic in guest.nics]
+        owners = {owner.partition("/")[0] for facts in self._seen(host).networks for owner in facts.ports.values()}
+        for guest in sorted(owners - there):
+            taps = switch.ports_left(guest, wanted, self._seen(host).networks)
+            self._drop_taps(guest, host, taps, None, Impact.REMOVE)
+
     def _drop_ports(self, guest: str, host: str, keep: list[str], after: str | None) -> None:
         taps = switch.ports_left(guest, keep, self._seen(host).networks)
+        self._drop_taps(guest, host, taps, after, Impact.LIVE if keep else Impact.REMOVE)
+
+    def _drop_taps(self, guest: str, host: str, taps: list[str], after: str | None, impact: Impact) -> None:
         if taps:
             self._add(
                 Operation(
                     id=f"ports of {guest} off {host}",
                     host=host,
                     subject=f"guest {guest}",
-                    summary="remove its taps" if keep or after is None else f"remove its taps from {host}",
-                    impact=Impact.LIVE if keep else Impact.REMOVE,
+                    summary="remove its taps" if impact is Impact.LIVE else f"remove its taps from {host}",
+                    impact=impact,
                     method="port.remove",
                     params={"guest": guest, "taps": taps},
                     needs=(after,) if after else (),
@@ -196,6 +210,7 @@ class _Planner:
                 )
             )
 
+        taps = [nic.tap for nic in wish.nics]
         if facts is None:
             add("create", Impact.CREATE, "guest.start")
             return
@@ -219,15 +234,32 @@ class _Planner:
             done = add("recreate", Impact.RECREATE, "guest.restart", everything, fresh=True)
         elif difference.restart:
             done = add("restart", Impact.RESTART, "guest.restart", everything)
-        elif ports and not {nic.mac for nic in wish.nics} - set(facts.nics):
+        elif self._lost_taps(wish, facts):
             done = add("restart", Impact.RESTART, "guest.restart", ("tap: lost → made anew",))
         elif difference.live:
             done = add("change", Impact.LIVE, "guest.update", everything)
         elif facts.state == "paused":
-            done = add("resume", Impact.LIVE, "guest.resume", ("state: paused → running",))
+            done = self._add(
+                Operation(
+                    id=f"{subject} on {host}",
+                    host=host,
+                    subject=subject,
+                    summary="resume",
+                    impact=Impact.LIVE,
+                    method="guest.resume",
+                    params={"guest": wish.name},
+                    detail=("state: paused → running",),
+                    needs=needs,
+                )
+            )
         elif not facts.ready:
             done = add("wait until it is ready", Impact.LIVE, "guest.wait")
-        self._drop_ports(wish.name, host, [nic.tap for nic in wish.nics], done)
+        self._drop_ports(wish.name, host, taps, done)
+
+    def _lost_taps(self, wish: ResolvedGuest, facts: GuestFacts) -> bool:
+        """A NIC that is plugged has lost its tap: QEMU holds on to one that is no longer there."""
+        missing = switch.ports_missing(wish, self.lab, self._seen(wish.host).networks)
+        return any(nic.tap in missing and nic.mac in facts.nics for nic in wish.nics)
 
     def _elsewhere(self, wish: ResolvedGuest) -> str:
         return next((seen.host for seen in self.observed.guests() if seen.name == wish.name), "")
@@ -260,11 +292,20 @@ class _Planner:
 
     # -- what should not be --------------------------------------------------------------------------------------
 
+    def _staying(self, host: str) -> list[GuestFacts]:
+        """Guests that should be elsewhere but stay on ``host``, as their new host does not answer."""
+        return [
+            facts
+            for facts in self._seen(host).guests
+            if (wish := self.lab.guests.get(facts.name)) and wish.host != host and not self._reachable(wish.host)
+        ]
+
     def leave(self, host: str) -> None:
         """Networks that the host should not carry, and a host that is no longer in the lab."""
         if not self._reachable(host):
             return
         seen = self._seen(host)
+        staying = self._staying(host)
         guests_here = [operation.id for operation in self.operations if operation.host == host]
         removed = [
             self._add(
@@ -280,8 +321,9 @@ class _Planner:
                 )
             )
             for name in switch.unwanted(self.lab, host, seen.networks)
+            if not any(nic["network"] == name for guest in staying for nic in guest.wish.get("nics", []))
         ]
-        if host not in self.lab.hosts and seen.facts.present:
+        if host not in self.lab.hosts and seen.facts.present and not staying:
             self._add(
                 Operation(
                     id=f"host {host} off",

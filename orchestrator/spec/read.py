@@ -15,7 +15,7 @@ from orchestrator.spec.node import Node
 from orchestrator.spec.report import Report, show, wrong
 from orchestrator.spec.yamltree import Budget, Builder, MalformedError, position, split_lines
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
 MAX_INCLUDE_DEPTH = 16
 MAX_FILES = 256
 

@@ -79,22 +79,30 @@ def resolve(spec: LabSpec, file: Path, previous: ResolvedLab | None = None) -> R
         description=spec.description,
         underlay_prefix=spec.underlay.cidr.prefixlen,
         underlay_mtu=spec.underlay.mtu,
-        hosts=_hosts(spec),
+        hosts=_hosts(spec, previous),
         networks={name: _network(name, network, spec, uid) for name, network in spec.networks.items()},
         guests=guests,
         images=dict(spec.images),
     )
 
 
-def _hosts(spec: LabSpec) -> dict[str, ResolvedHost]:
+def _hosts(spec: LabSpec, previous: ResolvedLab | None) -> dict[str, ResolvedHost]:
     pool = _Pool(spec.underlay.cidr, "underlay")
-    for host in spec.hosts.values():
-        if isinstance(host, LocalHost) and host.address:
-            pool.reserve(host.address)
+    chosen: dict[str, Address] = {}
+    local = {name: host for name, host in spec.hosts.items() if isinstance(host, LocalHost)}
+    for name, local_host in local.items():
+        if local_host.address:
+            pool.reserve(local_host.address)
+            chosen[name] = local_host.address
+    for name in local:
+        if previous and name in previous.hosts and name not in chosen:
+            before = ip_address(previous.hosts[name].underlay)
+            if pool.reserve(before):
+                chosen[name] = before
     resolved = {}
     for name, host in spec.hosts.items():
         if isinstance(host, LocalHost):
-            underlay = str(host.address or pool.assign())
+            underlay = str(chosen.get(name) or pool.assign())
         else:
             underlay = str(host.underlay) if host.underlay else _look_up(name, host.address)
         resolved[name] = ResolvedHost(name=name, spec=host, underlay=underlay)

@@ -24,6 +24,7 @@ from orchestrator.errors import NetworkError, TakenError
 from orchestrator.spec.resolved import ResolvedNetwork, ResolvedNic
 
 VXLAN_PORT = 4789
+UPLINK = "uplink"  # the link of a local host that leads out of its namespace
 FLOOD = "00:00:00:00:00:00"
 _NODAD = 0x02
 
@@ -49,6 +50,7 @@ class NetworkFacts:
     up: bool
     mac: str
     addresses: list[str]
+    forwards: bool = False
     vxlan: str | None = None
     vni: int | None = None
     peers: list[str] = field(default_factory=list)
@@ -127,6 +129,7 @@ def observe(uid: str) -> list[NetworkFacts]:
                     up=link.get("state") == "up",
                     mac=link.get("address"),
                     addresses=_addresses(ip, link["index"]),
+                    forwards=_forwarding(link.get("ifname")).read_text().strip() == "1",
                 )
         for link in links:
             owner = names.parse_mark(link.get("ifalias"))
@@ -159,6 +162,8 @@ def differences(facts: NetworkFacts, wanted: Membership) -> list[str]:
         found.append(f"gateway: {', '.join(facts.addresses) or 'none'} → {', '.join(gateways) or 'none'}")
     if facts.peers != sorted(wanted.peers):
         found.append(f"peers: {', '.join(facts.peers) or 'none'} → {', '.join(wanted.peers) or 'none'}")
+    if facts.forwards != (wanted.forward != "no"):
+        found.append(f"routed: {'yes' if facts.forwards else 'no'} → {'no' if wanted.forward == 'no' else 'yes'}")
     if wanted.peers and facts.vni != network.vni:
         found.append(f"VNI: {facts.vni} → {network.vni}")
     return found
@@ -251,14 +256,20 @@ def _ensure_vxlan(ip: IPRoute, uid: str, wanted: Membership, bridge: int) -> Non
         ip.fdb("del", ifindex=index, lladdr=FLOOD, dst=peer)
 
 
+def _forwarding(link: str, family: str = "ipv4") -> Path:
+    return Path(f"/proc/sys/net/{family}/conf/{link}/forwarding")
+
+
 def _set_forwarding(bridge: str, forward: str) -> None:
-    if forward == "no":
-        return
-    for family in ("ipv4", "ipv6"):
-        for name in (bridge, "all") if forward == "all" else (bridge,):
-            setting = Path(f"/proc/sys/net/{family}/conf/{name}/forwarding")
-            if setting.exists() and setting.read_text().strip() != "1":
-                setting.write_text("1")
+    """Routing is switched on link by link, for what comes in there. Linux wants ``all`` beside it for IPv6; that is
+    set only where the namespace is ours."""
+    wanted = "0" if forward == "no" else "1"
+    settings = [_forwarding(bridge), _forwarding(bridge, "ipv6")]
+    if forward == "all":
+        settings += [_forwarding(UPLINK), _forwarding("all", "ipv6")]
+    for setting in settings:
+        if setting.exists() and setting.read_text().strip() != wanted:
+            setting.write_text(wanted)
 
 
 def remove(uid: str, name: str) -> None:

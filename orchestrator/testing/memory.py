@@ -61,6 +61,7 @@ def _network_facts(member: Membership) -> NetworkFacts:
         up=True,
         mac=network.gateway_mac,
         addresses=sorted(cidr for cidr in (network.gateway4, network.gateway6) if cidr),
+        forwards=member.forward != "no",
         vxlan=network.vxlan if member.peers else None,
         vni=network.vni if member.peers else None,
         peers=sorted(member.peers),

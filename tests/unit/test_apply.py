@@ -224,7 +224,6 @@ def test_defect_in_an_operation_is_its_failure() -> None:
     assert ids(outcome.skipped) == ["b"]
 
 
-@pytest.mark.xfail(strict=True, reason="each operation that is dropped is one level of recursion")
 def test_failure_that_very_many_operations_need_skips_them_all() -> None:
     many = [operation("host"), *(operation(str(number), "host") for number in range(1500))]
 
@@ -391,9 +390,6 @@ def test_stop_is_noticed_while_operations_run() -> None:
     assert time.monotonic() - began < SOON
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what is under way is waited for, and not given up, when run() is left by an exception"
-)
 def test_interrupt_gives_up_what_is_under_way() -> None:
     given_up: list[bool] = []
     begun = threading.Event()

@@ -97,7 +97,6 @@ def test_cleaned_lines_have_no_escapes(raw: bytes) -> None:
         assert line.strip()
 
 
-@pytest.mark.xfail(strict=True, reason="C1 controls, which terminals obey too, and DEL are left in")
 @pytest.mark.parametrize("raw", ["\x9b31mred\n".encode(), b"del\x7f\n"])
 def test_clean_takes_the_other_controls_away(raw: bytes) -> None:
     assert all(char.isprintable() for line in clean(raw) for char in line)
@@ -301,9 +300,6 @@ def test_second_client_may_take_the_console_over(terminal: tuple[int, str], take
     assert os.read(terminal[0], 64) == b"mine"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="closing a stream does not wake the relay that polls it: the first client stays"
-)
 def test_first_client_leaves_when_the_console_is_taken_over(terminal: tuple[int, str], take_seat: TakeSeat) -> None:
     first = take_seat()
     assert first.opened.wait(SOON)

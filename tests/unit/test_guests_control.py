@@ -236,7 +236,6 @@ def test_long_values_are_shortened() -> None:
     assert line == f"cmdline: none → {'x' * 57}…"
 
 
-@pytest.mark.xfail(strict=True, reason="a value of several lines breaks the lines of the plan")
 def test_values_of_several_lines_are_shown_on_one() -> None:
     (line,) = difference({}, {"user_data": "#!/bin/sh\necho\n"}).restart
 

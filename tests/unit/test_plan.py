@@ -288,7 +288,6 @@ def test_plan_that_is_cut_short_is_undone_by_going_back(
     assert there(memory.observe(), taps=False) == there(perfect(before), taps=False)  # see left_over_tap.yaml
 
 
-@pytest.mark.xfail(strict=True, reason="a NIC keeps its dead tap when another one is plugged in the same plan")
 def test_plan_for_a_lost_tap_and_a_new_nic_restarts_the_guest(tmp_path: Path) -> None:
     case = {
         "before": "demo",

@@ -227,7 +227,6 @@ def test_ssh_reads_the_config_that_we_write(lab: ResolvedLab, tmp_path: Path, na
 
 
 @needs_ssh
-@pytest.mark.xfail(strict=True, reason="paths with spaces or percent signs are not quoted for ssh_config")
 @pytest.mark.parametrize("folder", ["my labs", "100%d"])
 def test_ssh_reads_paths_with_odd_characters(
     lab: ResolvedLab, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch

@@ -287,7 +287,6 @@ def test_underlay_addresses_are_assigned_around_fixed_ones() -> None:
     assert made.underlay_prefix == 28
 
 
-@pytest.mark.xfail(strict=True, reason="addresses of hosts are not kept: one added in the middle moves the others")
 def test_host_added_in_the_middle_moves_no_other() -> None:
     before = resolved({"lab": "made", "hosts": {"a": {}, "c": {}}})
 

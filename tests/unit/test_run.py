@@ -105,7 +105,6 @@ def test_program_that_may_not_be_run_is_told_apart(tmp_path: Path) -> None:
         run([file])
 
 
-@pytest.mark.xfail(strict=True, reason="what the kernel cannot execute, or names a file as a folder, raises OSError")
 @pytest.mark.parametrize("name", ["program", "program/inside"])
 def test_file_that_is_no_program_is_told_apart(name: str, tmp_path: Path) -> None:
     file = tmp_path / "program"

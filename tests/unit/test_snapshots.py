@@ -88,7 +88,7 @@ def keep(folder: Path, name: str, **changes: object) -> Snapshot:
     place = folder / "snapshots" / name
     place.mkdir(parents=True)
     (place / "memory").write_text("0")
-    data = {"name": name, "created": 1.0, "size": 1, "disks": [], "description": "", **changes}
+    data = {"name": name, "created": 1.0, "size": 1, "disks": [], "description": "", "tag": "orc-1", **changes}
     (place / "snapshot.json").write_text(json.dumps(data))
     return Snapshot(**data)  # type: ignore[arg-type]
 
@@ -138,7 +138,6 @@ def test_damaged_manifest_does_not_count(content: str, folder: Path) -> None:
     assert snapshots.list_all(folder) == [good]
 
 
-@pytest.mark.xfail(strict=True, reason="a manifest whose time is no number breaks the list")
 def test_manifest_with_a_damaged_time_does_not_count(folder: Path) -> None:
     good = keep(folder, "good")
     keep(folder, "bad", created="yesterday")
@@ -320,7 +319,6 @@ def test_snapshot_deleted_while_the_guest_runs_leaves_its_disks_alone(folder: Pa
 
 
 @needs_qemu_img
-@pytest.mark.xfail(strict=True, reason="a name that is used again finds the old state of the disk")
 def test_name_of_a_deleted_snapshot_can_be_used_again(folder: Path, disk: Path) -> None:
     guest = Guest()
     for value in (1, 2):
@@ -336,7 +334,6 @@ def test_name_of_a_deleted_snapshot_can_be_used_again(folder: Path, disk: Path) 
 
 
 @needs_qemu_img
-@pytest.mark.xfail(strict=True, reason="qemu-img takes a name of digits for its own number of another snapshot")
 def test_snapshots_may_have_numbers_for_names(folder: Path, disk: Path) -> None:
     guest = Guest()
     for value, name in ((1, "2"), (2, "1")):

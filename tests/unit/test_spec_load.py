@@ -100,8 +100,8 @@ def test_link_to_itself(tmp_path: Path) -> None:
 
 
 def test_large_file(tmp_path: Path) -> None:
-    (tmp_path / "lab.yaml").write_text("#" * (4 << 20) + "\n")
-    with pytest.raises(SpecError, match="larger than 4 MiB"):
+    (tmp_path / "lab.yaml").write_text("#" * (1 << 20) + "\n")
+    with pytest.raises(SpecError, match="larger than 1 MiB"):
         load(tmp_path / "lab.yaml")
 
 

@@ -194,7 +194,6 @@ def test_lock_that_does_not_say_whose_it_is_is_held_all_the_same(demo_state: Lab
             pass
 
 
-@pytest.mark.xfail(strict=True, reason="a lock on a file that its last holder removed meanwhile excludes nobody")
 def test_lock_taken_while_the_last_holder_releases_it_excludes_others(
     demo_state: LabState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
