@@ -19,6 +19,7 @@ from orchestrator.spec.report import Report, nearest_or_all, show, spell, wrong
 from orchestrator.spec.yamltree import MalformedError, compose
 from orchestrator.switch.model import NicSpec
 
+VXLAN_OVERHEAD = 50  # bytes: outer IPv4, UDP and VXLAN headers, and the inner Ethernet header
 BUILT_IN_IMAGES = ("tiny", "debian")
 
 Network = IPv4Network | IPv6Network
@@ -68,10 +69,22 @@ class _Checks:
             ranges += [
                 (cidr, ("networks", name, f"ipv{cidr.version}")) for cidr in (network.ipv4, network.ipv6) if cidr
             ]
+            self._carried(name, network.mtu)
         self._disjoint(ranges)
         self._unique(
             (net.bridge, ("networks", name, "bridge")) for name, net in self.spec.networks.items() if net.bridge
         )
+
+    def _carried(self, name: str, mtu: int | None) -> None:
+        """An MTU must leave room for VXLAN on the underlay of local hosts; of other underlays it is not known."""
+        local = all(isinstance(host, LocalHost) for host in self.spec.hosts.values())
+        room = self.spec.underlay.mtu - VXLAN_OVERHEAD
+        if mtu is not None and local and len(self.spec.hosts) > 1 and mtu > room:
+            self._say(
+                ("networks", name, "mtu"),
+                f"{mtu} bytes do not fit the underlay, which carries {room} of them",
+                hint=f"raise `underlay.mtu` to {mtu + VXLAN_OVERHEAD}, or lower this",
+            )
 
     def images(self) -> None:
         for name, image in self.spec.images.items():

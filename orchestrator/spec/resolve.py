@@ -16,6 +16,7 @@ from pathlib import Path
 from orchestrator import names
 from orchestrator.errors import SpecError
 from orchestrator.hosts.model import LocalHost
+from orchestrator.spec.check import VXLAN_OVERHEAD
 from orchestrator.spec.model import LabSpec
 from orchestrator.spec.resolved import (
     ResolvedDisk,
@@ -30,7 +31,6 @@ from orchestrator.switch.model import NetworkSpec, NicSpec
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-VXLAN_OVERHEAD = 50  # outer IPv4, UDP and VXLAN headers and the inner Ethernet header
 DEFAULT_MTU = 1500
 
 

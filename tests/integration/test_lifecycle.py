@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from string import Template
@@ -188,12 +191,7 @@ def test_kill_9_during_down_then_down_leaves_nothing(sandbox: Sandbox) -> None:
 def test_ctrl_c_during_up_rolls_back_what_is_half_made(sandbox: Sandbox) -> None:
     file = sandbox.file(SMALL)
     process = sandbox.start("up", "-f", file)
-    deadline = time.monotonic() + 60
-    while "running" not in str(subprocess.run(["pgrep", "-f", "guest=ann"], capture_output=True).stdout) and (
-        not subprocess.run(["pgrep", "-f", "guest=ann"], capture_output=True).stdout
-    ):
-        assert time.monotonic() < deadline, "no guest was started"
-        time.sleep(0.05)
+    wait_for_qemu_of("ann")
 
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -207,6 +205,38 @@ def test_ctrl_c_during_up_rolls_back_what_is_half_made(sandbox: Sandbox) -> None
     assert len(ports) == list(states.values()).count("running")
     sandbox.run("up", "-f", file)
     assert {guest["state"] for guest in sandbox.guests().values()} == {"running"}
+
+
+def wait_for_qemu_of(guest: str) -> None:
+    deadline = time.monotonic() + 60
+    while not subprocess.run(["pgrep", "-f", f"guest={guest},"], capture_output=True).stdout:
+        assert time.monotonic() < deadline, f"guest {guest} was not started"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("answer", "status"), [(b"n\n", 0), (b"y\n", 130), (b"\x03", 130)])
+def test_ctrl_c_on_a_terminal_asks_once(sandbox: Sandbox, answer: bytes, status: int) -> None:
+    file = sandbox.file(SMALL)
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-m", "orchestrator", "up", "-f", str(file)], sandbox.env)
+    shown = b""
+    try:
+        wait_for_qemu_of("ann")
+        os.write(fd, b"\x03")
+        while b"Stop?" not in shown:
+            shown += os.read(fd, 4096)
+        os.write(fd, answer)
+        with contextlib.suppress(OSError):  # the terminal ends with the command
+            while part := os.read(fd, 4096):
+                shown += part
+        _, ended = os.waitpid(pid, 0)
+    finally:
+        os.close(fd)
+
+    assert os.waitstatus_to_exitcode(ended) == status, shown.decode(errors="replace")
+    states = {guest["state"] for guest in sandbox.guests().values()}
+    assert (states == {"running"}) == (status == 0)
 
 
 def test_two_ups_at_once_second_names_the_first(sandbox: Sandbox) -> None:
@@ -328,6 +358,4 @@ def test_without_root_says_so(sandbox: Sandbox, command: str) -> None:
 
 
 def sandbox_command(command: str, file: Path) -> list[str]:
-    import sys
-
     return [sys.executable, "-m", "orchestrator", command, "-f", str(file)]
