@@ -41,6 +41,8 @@ class Outcome:
     """What became of a plan."""
 
     done: list[Operation] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    """Operation's id → what its call returned."""
     failed: list[tuple[Operation, OrchestratorError]] = field(default_factory=list)
     skipped: list[Operation] = field(default_factory=list)
     rolled_back: list[Operation] = field(default_factory=list)
@@ -104,8 +106,11 @@ class Executor:
                 )
             return self._images[name, host]
 
-    def carry_out(self, operation: Operation, progress: Callable[[str], None], cancel: threading.Event) -> None:
-        """:raise OrchestratorError: it failed."""
+    def carry_out(self, operation: Operation, progress: Callable[[str], None], cancel: threading.Event) -> Any:
+        """What the agent's call returns.
+
+        :raise OrchestratorError: it failed.
+        """
         transport = self._transports.get(operation.host)
         if operation.method == "host.ensure":
             assert transport
@@ -124,7 +129,8 @@ class Executor:
                 params["image"] = asdict(self.image(operation.image, operation.host, progress))
             if operation.method in NEEDS_KEYS:
                 params["keys"] = self._keys
-            self.call(operation.host, operation.method, params, progress, cancel)
+            return self.call(operation.host, operation.method, params, progress, cancel)
+        return None
 
 
 def apply(
@@ -170,7 +176,7 @@ class _Run:
         return self._outcome
 
     def _work(self, pool: concurrent.futures.ThreadPoolExecutor) -> None:
-        running: dict[concurrent.futures.Future[None], Operation] = {}
+        running: dict[concurrent.futures.Future[Any], Operation] = {}
         while True:
             while len(running) < self._jobs and (operation := self._next()):
                 running[pool.submit(self._one, operation)] = operation
@@ -196,12 +202,14 @@ class _Run:
                 return operation
         return None
 
-    def _one(self, operation: Operation) -> None:
+    def _one(self, operation: Operation) -> Any:
         self._reporter.begin(operation)
         began = time.monotonic()
         failure: OrchestratorError | None = None
         try:
-            self._executor.carry_out(operation, lambda text: self._reporter.progress(operation, text), self._cancel)
+            return self._executor.carry_out(
+                operation, lambda text: self._reporter.progress(operation, text), self._cancel
+            )
         except OrchestratorError as error:
             failure = error
             raise
@@ -211,11 +219,12 @@ class _Run:
         finally:
             self._reporter.end(operation, time.monotonic() - began, failure)
 
-    def _settle(self, operation: Operation, future: concurrent.futures.Future[None]) -> None:
+    def _settle(self, operation: Operation, future: concurrent.futures.Future[Any]) -> None:
         error = future.exception()
         if error is None:
             self._finished.add(operation.id)
             self._outcome.done.append(operation)
+            self._outcome.results[operation.id] = future.result()
             return
         self._given_up.add(operation.id)
         if isinstance(error, CancelledError):

@@ -59,7 +59,8 @@ def supervise(args: argparse.Namespace) -> int:
     from orchestrator.hosts import accel
 
     _libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    if args.own_mounts and args.libvirt == "embed" and accel.probe().kind != "kvm":
+    if args.own_mounts and args.libvirt == "embed" and (verdict := accel.probe()).kind != "kvm":
+        accel.inherit(verdict)
         _hide_kvm()
     parent, child, stopping = os.getpid(), 0, False
 

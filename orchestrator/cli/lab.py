@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from orchestrator.apply import Executor, Outcome, apply
+from orchestrator.apply import NEEDS_KEYS, Executor, Outcome, apply
 from orchestrator.cli import output
 from orchestrator.cli.output import Format
 from orchestrator.cli.progress import Progress
@@ -176,6 +176,16 @@ def _conclude(outcome: Outcome, made: Plan) -> None:
         raise HostError(f"{len(made.unreachable)} host(s) did not answer: {', '.join(made.unreachable)}")
 
 
+def _say_without_kvm(outcome: Outcome) -> None:
+    """Once for each reason: which hosts' guests do not run under KVM."""
+    hosts: dict[str, list[str]] = {}
+    for operation in outcome.done:
+        if operation.method in NEEDS_KEYS and (reason := outcome.results.get(operation.id)):
+            hosts.setdefault(str(reason), []).append(operation.host)
+    for reason, names in hosts.items():
+        output.note(f"{', '.join(sorted(set(names)))}: {reason}")
+
+
 def up(
     file: FileOption = None,
     jobs: JobsOption = DEFAULT_JOBS,
@@ -204,6 +214,7 @@ def up(
         cleared = {operation.host for operation in outcome.done if operation.method == "host.remove"}
         former = {name: host for name, host in before.former_hosts.items() if name not in cleared}
         state.save(lab.model_copy(update={"former_hosts": former}))
+        _say_without_kvm(outcome)
         _conclude(outcome, made)
     output.note(
         f"lab {lab.lab} is up: {len(lab.guests)} guests on {len(lab.hosts)} hosts ({time.monotonic() - began:.1f} s)"

@@ -223,9 +223,9 @@ class GuestService:
 
     def start(
         self, call: Call, guest: dict[str, Any], image: dict[str, Any], keys: list[str], fresh: bool = False
-    ) -> None:
+    ) -> str | None:
         """Make the guest run as wished and wait until it is ready. Where it is cancelled on the way, a guest that
-        this call made is removed again.
+        this call made is removed again. Returns why it does not run under KVM, where it asked for the best there is.
 
         :param keys: SSH public keys for the guest's root.
         :param fresh: give up the contents of the guest's own disk first.
@@ -236,13 +236,15 @@ class GuestService:
         with self._locked(wish.name):
             was_there = self._find(wish.name) is not None
             try:
-                self._start(call, wish, files, keys, fresh)
+                return self._start(call, wish, files, keys, fresh)
             except OrchestratorError:
                 if call.cancelled and not was_there:
                     self._remove(wish.name, keep_disks=False)
                 raise
 
-    def _start(self, call: Call, wish: ResolvedGuest, image: GuestImage, keys: Sequence[str], fresh: bool) -> None:
+    def _start(
+        self, call: Call, wish: ResolvedGuest, image: GuestImage, keys: Sequence[str], fresh: bool
+    ) -> str | None:
         found = self._find(wish.name)
         if not (found and found[0].isActive()):
             call.progress("preparing")
@@ -254,6 +256,8 @@ class GuestService:
                 dom.create()
             self._started(wish.name).touch()
         self._wait(call, wish, image)
+        chosen, reason = accel.choose(wish.accel, wish.emulator or accel.DEFAULT_EMULATOR)
+        return reason if wish.accel == "auto" and chosen != "kvm" else None
 
     def _define(
         self, wish: ResolvedGuest, image: GuestImage, keys: Sequence[str], fresh: bool = False
@@ -443,14 +447,14 @@ class GuestService:
         fresh: bool = False,
         timeout: float = STOP_SECONDS,
         hard: bool = False,
-    ) -> None:
-        """Stop, define anew, start, wait until ready."""
+    ) -> str | None:
+        """Stop, define anew, start, wait until ready; returns what :meth:`start` does."""
         wish = ResolvedGuest.model_validate(guest)
         call.on_cancel(self.libvirt.poke)
         with self._locked(wish.name):
             if self._find(wish.name):
                 self._stop(call, wish.name, timeout, hard)
-            self._start(call, wish, GuestImage(**image), keys, fresh)
+            return self._start(call, wish, GuestImage(**image), keys, fresh)
 
     def remove(self, call: Call, guest: str, keep_disks: bool = False) -> None:
         """Stop the guest hard and remove its domain and files; does nothing where there is nothing."""

@@ -24,7 +24,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -66,12 +66,24 @@ class Verdict:
     emulator: str
 
 
+_inherited: Verdict | None = None
+
+
+def inherit(verdict: Verdict) -> None:
+    """Take ``verdict`` for every emulator from now on, also in children of this process: for who hides ``/dev/kvm``
+    from them because of it."""
+    global _inherited
+    _inherited = verdict
+
+
 def probe(emulator: str = DEFAULT_EMULATOR, *, fresh: bool = False) -> Verdict:
     """Run a tiny guest under TCG and KVM, or tell what that gave since this machine booted.
 
     :param emulator: program name or path.
     :param fresh: try again although a verdict is known. Takes up to 1 s + 6 times what TCG takes (0.1 s).
     """
+    if _inherited is not None:
+        return replace(_inherited, emulator=emulator)
     path = shutil.which(emulator)
     if path is None:
         return Verdict("tcg", None, f"{emulator} is not installed", None, emulator)

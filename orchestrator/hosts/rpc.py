@@ -383,5 +383,5 @@ class Client:
             log.debug("%s: the stream ended: %s", self.peer, error)
         with self._lock:
             self._ended = True
-            for waiting in self._waiting.values():
+            for waiting in list(self._waiting.values()):  # a caller that has its answer leaves meanwhile
                 waiting.put(None)
