@@ -13,8 +13,9 @@ import typer
 
 from orchestrator.cli.output import Format
 from orchestrator.errors import HostError, NotFoundError, OrchestratorError, SpecError
+from orchestrator.hosts.opening import open_host
 from orchestrator.hosts.rpc import Client, Stream
-from orchestrator.hosts.transport import Transport, client, open_host
+from orchestrator.hosts.transport import Transport, client
 from orchestrator.spec.load import load
 from orchestrator.spec.resolve import resolve
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab

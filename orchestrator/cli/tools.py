@@ -13,7 +13,8 @@ from orchestrator.cli import output
 from orchestrator.cli.output import Format
 from orchestrator.cli.session import FileOption, LabOption, OutputOption, current
 from orchestrator.errors import NotFoundError
-from orchestrator.hosts.transport import client, open_host
+from orchestrator.hosts.opening import open_host
+from orchestrator.hosts.transport import client
 
 
 def register(app: typer.Typer) -> None:

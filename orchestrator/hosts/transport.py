@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from orchestrator.hosts.rpc import Client, Progress, Stream
-from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
+from orchestrator.spec.resolved import ResolvedHost
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,3 @@ class Transport(Protocol):
 def client(transport: Transport) -> Client:
     """A new connection to the host's agent."""
     return Client(transport.stream(), transport.host.name)
-
-
-def open_host(lab: ResolvedLab, name: str) -> Transport:
-    """The transport for one host of ``lab``; nothing is connected yet."""
-    host = lab.hosts.get(name) or lab.former_hosts[name]
-    if host.spec.kind == "local":
-        from orchestrator.hosts.local import LocalTransport
-
-        return LocalTransport(lab, host)
-    from orchestrator.hosts.ssh import SshTransport  # paramiko takes 0.2 s to import
-
-    return SshTransport(lab, host)

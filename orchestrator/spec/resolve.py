@@ -156,87 +156,111 @@ def _network(name: str, network: NetworkSpec, spec: LabSpec, uid: str) -> Resolv
     )
 
 
-def _guests(spec: LabSpec, uid: str, kept: Mapping[tuple[str, str, str], object]) -> dict[str, ResolvedGuest]:
+FAMILIES = ("ipv4", "ipv6")
+Slot = tuple[str, int, str]
+"""One address to be given: guest, index of its NIC, family."""
+
+
+def _addresses(
+    spec: LabSpec, macs: Mapping[tuple[str, int], str], kept: Mapping[tuple[str, str, str], object]
+) -> dict[Slot, str]:
+    """The address of each slot, in CIDR notation: first what the file fixes, then what was assigned before, then
+    what is free."""
     pools = {
         (name, family): _Pool(cidr, f"networks.{name}.{family}")
         for name, network in spec.networks.items()
-        for family, cidr in (("ipv4", network.ipv4), ("ipv6", network.ipv6))
-        if cidr is not None
+        for family in FAMILIES
+        if (cidr := getattr(network, family)) is not None
     }
+    slots: dict[Slot, _Pool] = {
+        (guest, index, family): pool
+        for guest, index, nic in _nics(spec)
+        for family in FAMILIES
+        if (pool := pools.get((nic.network, family)))
+    }
+    fixed = {
+        (guest, index, family): address
+        for guest, index, nic in _nics(spec)
+        for family in FAMILIES
+        if (address := getattr(nic, family))
+    }
+    found: dict[Slot, str] = {}
+    for slot, address in fixed.items():
+        if slot in slots:
+            slots[slot].reserve(address)
+            found[slot] = slots[slot].cidr(address)
+    for slot, pool in slots.items():
+        guest, index, family = slot
+        before = kept.get((guest, macs[guest, index], family))
+        if before and slot not in found and pool.reserve(address := ip_address(str(before))):
+            found[slot] = pool.cidr(address)
+    for slot, pool in slots.items():
+        if slot not in found:
+            found[slot] = pool.cidr(pool.assign())
+    return found
+
+
+def _guests(spec: LabSpec, uid: str, kept: Mapping[tuple[str, str, str], object]) -> dict[str, ResolvedGuest]:
     macs = _macs(spec)
-    chosen: dict[tuple[str, int, str], Address] = {}
-    for guest, index, nic in _nics(spec):  # first what is fixed, then what was assigned before, then the rest
-        for family, address in (("ipv4", nic.ipv4), ("ipv6", nic.ipv6)):
-            if address and (nic.network, family) in pools:
-                pools[nic.network, family].reserve(address)
-                chosen[guest, index, family] = address
-    for guest, index, nic in _nics(spec):
-        for family in ("ipv4", "ipv6"):
-            pool = pools.get((nic.network, family))
-            before = kept.get((guest, macs[guest, index], family))
-            if pool and before and (guest, index, family) not in chosen:
-                address = ip_address(str(before))
-                if pool.reserve(address):
-                    chosen[guest, index, family] = address
-    for guest, index, nic in _nics(spec):
-        for family in ("ipv4", "ipv6"):
-            if (pool := pools.get((nic.network, family))) and (guest, index, family) not in chosen:
-                chosen[guest, index, family] = pool.assign()
+    addresses = _addresses(spec, macs, kept)
+    return {name: _guest(name, spec, uid, macs, addresses) for name in spec.guests}
 
-    resolved = {}
-    for name, guest_spec in spec.guests.items():
-        nics = []
-        has_default_route = False
-        for index, nic in enumerate(guest_spec.nics):
-            network = spec.networks[nic.network]
-            routed = network.uplink and not has_default_route
-            has_default_route |= network.uplink
 
-            def cidr(family: str, index: int = index, nic_network: str = nic.network, name: str = name) -> str | None:
-                address = chosen.get((name, index, family))
-                return pools[nic_network, family].cidr(address) if address else None
-
-            def gateway(family: str, nic_network: str = nic.network, routed: bool = routed) -> str | None:
-                pool = pools.get((nic_network, family))
-                return str(pool.gateway) if pool and routed else None
-
-            mac = macs[name, index]
-            nics.append(
-                ResolvedNic(
-                    network=nic.network,
-                    mac=mac,
-                    tap=names.link("t", uid, name, mac),
-                    model=nic.model,
-                    mtu=_mtu(network, spec),
-                    ipv4=cidr("ipv4"),
-                    ipv6=cidr("ipv6"),
-                    gateway4=gateway("ipv4"),
-                    gateway6=gateway("ipv6"),
-                )
+def _guest(
+    name: str,
+    spec: LabSpec,
+    uid: str,
+    macs: Mapping[tuple[str, int], str],
+    addresses: Mapping[Slot, str],
+) -> ResolvedGuest:
+    guest = spec.guests[name]
+    routed = next((index for index, nic in enumerate(guest.nics) if spec.networks[nic.network].uplink), None)
+    nics = []
+    for index, nic in enumerate(guest.nics):
+        network = spec.networks[nic.network]
+        gateway4, gateway6 = (_gateway(network, family) if index == routed else None for family in FAMILIES)
+        mac = macs[name, index]
+        nics.append(
+            ResolvedNic(
+                network=nic.network,
+                mac=mac,
+                tap=names.link("t", uid, name, mac),
+                model=nic.model,
+                mtu=_mtu(network, spec),
+                ipv4=addresses.get((name, index, "ipv4")),
+                ipv6=addresses.get((name, index, "ipv6")),
+                gateway4=gateway4,
+                gateway6=gateway6,
             )
-        resolved[name] = ResolvedGuest(
-            name=name,
-            host=guest_spec.host,
-            image=guest_spec.image,
-            vcpus=guest_spec.vcpus.count,
-            vcpus_max=guest_spec.vcpus.max or guest_spec.vcpus.count,
-            memory=guest_spec.memory.size,
-            memory_max=guest_spec.memory.max or guest_spec.memory.size,
-            nics=nics,
-            disks=[ResolvedDisk(name=disk.name, size=disk.size, bus=disk.bus) for disk in guest_spec.disks],
-            disk_size=guest_spec.disk_size,
-            cmdline=guest_spec.cmdline,
-            user_data=guest_spec.user_data,
-            accel=guest_spec.accel,
-            cpu=guest_spec.cpu,
-            machine=guest_spec.machine,
-            emulator=guest_spec.emulator,
-            hotplug_slots=guest_spec.hotplug_slots,
-            ready=guest_spec.ready,
-            xml=guest_spec.xml,
-            description=guest_spec.description,
         )
-    return resolved
+    return ResolvedGuest(
+        name=name,
+        host=guest.host,
+        image=guest.image,
+        vcpus=guest.vcpus.count,
+        vcpus_max=guest.vcpus.max or guest.vcpus.count,
+        memory=guest.memory.size,
+        memory_max=guest.memory.max or guest.memory.size,
+        nics=nics,
+        disks=[ResolvedDisk(name=disk.name, size=disk.size, bus=disk.bus) for disk in guest.disks],
+        disk_size=guest.disk_size,
+        cmdline=guest.cmdline,
+        user_data=guest.user_data,
+        accel=guest.accel,
+        cpu=guest.cpu,
+        machine=guest.machine,
+        emulator=guest.emulator,
+        hotplug_slots=guest.hotplug_slots,
+        ready=guest.ready,
+        xml=guest.xml,
+        description=guest.description,
+    )
+
+
+def _gateway(network: NetworkSpec, family: str) -> str | None:
+    """The first address of the network."""
+    cidr: Network | None = getattr(network, family)
+    return str(cidr.network_address + 1) if cidr else None
 
 
 def _nics(spec: LabSpec) -> Iterator[tuple[str, int, NicSpec]]:

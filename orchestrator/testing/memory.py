@@ -310,7 +310,7 @@ class MemoryLab:
         return self.hosts.setdefault(name, MemoryHost(name))
 
     def transport(self, lab: ResolvedLab, name: str) -> MemoryTransport:
-        """What :func:`orchestrator.hosts.transport.open_host` is for real hosts."""
+        """What :func:`orchestrator.hosts.opening.open_host` is for real hosts."""
         return MemoryTransport(lab.hosts.get(name) or lab.former_hosts[name], self.host(name))
 
     def observe(self) -> ObservedLab:
