@@ -56,8 +56,9 @@ def _hide_kvm() -> None:
 
 
 def supervise(args: argparse.Namespace) -> int:
-    from orchestrator.hosts import accel
+    from orchestrator.hosts import accel, agentproc
 
+    agentproc.write_owner(Path(args.run_dir), args.uid, args.lab, args.host, os.getpid())
     _libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if args.own_mounts and args.libvirt == "embed" and (verdict := accel.probe()).kind != "kvm":
         accel.inherit(verdict)

@@ -19,6 +19,7 @@ import json
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator import __version__, paths
@@ -58,6 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     libvirt = args.libvirt if args.libvirt != "auto" else "system" if _system_libvirt() else "embed"
     place = AgentPlace.of(args.lab, args.uid, args.host, libvirt)
+    # Labs of one name, made from different machines, must not share their disks here.
+    place = replace(place, state_dir=place.state_dir.with_name(f"{args.host}.{args.uid}"))
     try:
         if args.action == "facts":
             facts = {

@@ -294,7 +294,7 @@ def _start_call(session: GuestSession, method: str, progress: Any, **params: Any
 
 def start(guest: GuestArgument, file: FileOption = None, lab: LabOption = None) -> None:
     """Start a guest that is off, and wait until it is ready."""
-    with GuestSession(guest, file, lab) as session, _waiting(f"starting {guest}") as progress:
+    with GuestSession(guest, file, lab) as session, session.state.lock(), _waiting(f"starting {guest}") as progress:
         _start_call(session, "guest.start", progress)
     output.note(f"guest {guest} is up")
 
@@ -307,7 +307,7 @@ def stop(
     hard: Annotated[bool, typer.Option("--hard", help="Do not ask the guest.")] = False,
 ) -> None:
     """Shut the guest down; stop it hard when it has not gone after the timeout."""
-    with GuestSession(guest, file, lab) as session, _waiting(f"stopping {guest}") as progress:
+    with GuestSession(guest, file, lab) as session, session.state.lock(), _waiting(f"stopping {guest}") as progress:
         how = session.call("guest.stop", progress, timeout=timeout, hard=hard)
     output.note(f"guest {guest}: {how}")
 
@@ -320,7 +320,7 @@ def restart(
     hard: Annotated[bool, typer.Option("--hard", help="Do not ask the guest.")] = False,
 ) -> None:
     """Stop the guest, start it again and wait until it is ready."""
-    with GuestSession(guest, file, lab) as session, _waiting(f"restarting {guest}") as progress:
+    with GuestSession(guest, file, lab) as session, session.state.lock(), _waiting(f"restarting {guest}") as progress:
         _start_call(session, "guest.restart", progress, timeout=timeout, hard=hard)
     output.note(f"guest {guest} is up")
 
@@ -338,7 +338,11 @@ def snapshot_save(
     description: Annotated[str, typer.Option("--description", "-d", help="What it is for.")] = "",
 ) -> None:
     """Save the guest's memory and disks; it stands still for as long as that takes, then goes on."""
-    with GuestSession(guest, file, lab) as session, _waiting(f"snapshot {name} of {guest}") as progress:
+    with (
+        GuestSession(guest, file, lab) as session,
+        session.state.lock(),
+        _waiting(f"snapshot {name} of {guest}") as progress,
+    ):
         saved = session.call("guest.snapshot_save", progress, name=name, description=description)
     output.note(f"snapshot {name} of {guest}: {saved['size'] >> 20} MiB of memory, {len(saved['disks'])} disks")
 
@@ -347,7 +351,11 @@ def snapshot_restore(
     guest: GuestArgument, name: SnapshotArgument, file: FileOption = None, lab: LabOption = None
 ) -> None:
     """Put the guest back to where it was; what it did since then is lost."""
-    with GuestSession(guest, file, lab) as session, _waiting(f"snapshot {name} of {guest}") as progress:
+    with (
+        GuestSession(guest, file, lab) as session,
+        session.state.lock(),
+        _waiting(f"snapshot {name} of {guest}") as progress,
+    ):
         session.call("guest.snapshot_restore", progress, name=name)
     output.note(f"guest {guest} is back at {name}")
 

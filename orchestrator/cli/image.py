@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
+from orchestrator import paths
 from orchestrator.cli import output
 from orchestrator.cli.guest import _waiting
 from orchestrator.cli.output import Format
 from orchestrator.cli.session import DEFAULT_FILE, FileOption, OutputOption
 from orchestrator.errors import NotFoundError
-from orchestrator.images import store
+from orchestrator.images import disk, store
 from orchestrator.images.model import ImageSpec
 from orchestrator.spec.load import load
 from orchestrator.state import LabState, all_labs
@@ -82,6 +83,9 @@ def _in_use() -> set[str]:
                 image = store.find(guest.image, lab.images.get(guest.image), lab.file.parent)
                 if image:
                     names.add(image.id)
+    for root in (paths.state() / "labs").glob("*/hosts/*/guests/*/root.qcow2"):
+        if base := disk.backing_file(root):  # what a disk lies on may be older than what would be used now
+            names.add(base.parent.name)
     return names
 
 

@@ -34,6 +34,7 @@ from orchestrator.errors import (
     PartialError,
     StateError,
 )
+from orchestrator.guests.control import CONTENTS_REMOVED
 from orchestrator.plan.build import build, build_removal
 from orchestrator.plan.observe import observe
 from orchestrator.plan.operations import Impact, Plan
@@ -189,7 +190,7 @@ def _say_without_kvm(outcome: Outcome) -> None:
 def up(
     file: FileOption = None,
     jobs: JobsOption = DEFAULT_JOBS,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Also recreate guests, which loses their disks.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Also do what loses contents of disks.")] = False,
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Let this file take over a lab of the same name.")
     ] = False,
@@ -203,7 +204,7 @@ def up(
     lab, state = wished(file)
     with state.lock(), transports(before := _with_former(lab, state.load())) as hosts:
         refuse_other_file(state, lab, take_over)
-        made = build(lab, observe(lab, hosts.values()))
+        made = build(lab, observe(lab, hosts.values(), settle=True))
         if not made and not made.unreachable:
             state.save(lab)
             output.note(f"lab {lab.lab} is as its file says: nothing to do ({time.monotonic() - began:.1f} s)")
@@ -232,14 +233,18 @@ def _with_former(lab: ResolvedLab, before: ResolvedLab | None) -> ResolvedLab:
 
 def _confirm(made: Plan, yes: bool) -> None:
     """:raise StateError: contents would be lost, and nobody said yes."""
-    losing = [operation for operation in made.operations if operation.impact is Impact.RECREATE]
+    losing = [
+        operation
+        for operation in made.operations
+        if operation.impact is Impact.RECREATE or any(line.endswith(CONTENTS_REMOVED) for line in operation.detail)
+    ]
     if not losing or yes:
         return
     show_plan(Plan(tuple(losing)))
     subjects = ", ".join(dict.fromkeys(operation.subject for operation in losing))
     if sys.stdin.isatty() and typer.confirm(f"The disks of {subjects} are lost. Go on?", default=False):
         return
-    raise StateError(f"{subjects} would be recreated, which loses the contents of its disks", hint="add --yes")
+    raise StateError(f"{subjects}: contents of disks would be lost, as shown above", hint="add --yes")
 
 
 def down(
@@ -259,7 +264,7 @@ def down(
             raise
         lab, state = wished(file)  # nothing is remembered: look whether something is there all the same
     with state.lock(), transports(lab) as hosts:
-        made = build_removal(lab, observe(lab, hosts.values()))
+        made = build_removal(lab, observe(lab, hosts.values(), settle=True))
         if made:
             outcome = _carry_out(made, lab, state, hosts, jobs)
             if not outcome.failed and not outcome.cancelled and (forget or not made.unreachable):

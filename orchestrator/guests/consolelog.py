@@ -50,7 +50,7 @@ def tail(log: Path, lines: int = 15) -> list[str]:
 def panic(log: Path) -> str | None:
     """The kernel's last words, if it has panicked since the log began."""
     match = PANIC.search(tail_bytes(log))
-    return match[0].decode(errors="replace") if match else None
+    return (clean(match[0]) or ["Kernel panic"])[0] if match else None
 
 
 def rotate(log: Path) -> None:

@@ -12,6 +12,7 @@ from orchestrator.spec.base import format_size, parse_size
 from orchestrator.spec.resolved import ResolvedGuest
 
 RESTART_FIELDS = ("cmdline", "accel", "cpu", "machine", "emulator", "hotplug_slots", "xml", "user_data")
+CONTENTS_REMOVED = "its contents removed"
 NOTED_FIELDS = ("description", "ready")
 
 
@@ -108,7 +109,7 @@ def _compare_disks(wish: ResolvedGuest, facts: GuestFacts, live: list[str], recr
     wanted = {disk.name: disk for disk in wish.disks}
     for name in facts.disks:
         if name not in wanted:
-            live.append(f"disk {name}: unplugged, its contents removed")
+            live.append(f"disk {name}: unplugged, {CONTENTS_REMOVED}")
     for name, disk in wanted.items():
         if name not in facts.disks:
             live.append(f"disk {name} of {format_size(disk.size)}: plugged")

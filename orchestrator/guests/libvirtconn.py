@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ class Libvirt:
                 f"libvirt cannot be opened at {uri}: {error.get_error_message()}",
                 hint="`orchestrator doctor` tells what is missing",
             ) from error
+        self.conn.registerCloseCallback(lambda *_: os._exit(1), None)  # a daemon that ended: begin anew
         register = self.conn.domainEventRegisterAny
         register(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None)
         register(None, libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, self._on_agent, None)

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0
 STOP_SECONDS = 20.0
+SETTLE_SECONDS = 60.0
 PLUG_SECONDS = 10.0
 MAX_CMDLINE = 2047  # COMMAND_LINE_SIZE of x86, less the terminating zero
 MEMORY_BLOCK = 128 << 20  # Linux on x86 takes plugged memory in blocks of this size
@@ -80,27 +81,28 @@ class GuestService:
         self._since: dict[str, float] = {}
 
     def register(self, server: Server) -> None:
-        for name in (
-            "facts",
-            "start",
-            "stop",
-            "restart",
-            "remove",
-            "update",
-            "wait",
-            "pause",
-            "resume",
-            "exec",
-            "xml",
+        for handler in (
+            self.facts,
+            self.settle,
+            self.start,
+            self.wait,
+            self.stop,
+            self.restart,
+            self.update,
+            self.remove,
+            self.pause,
+            self.resume,
+            self.exec,
+            self.xml,
+            self.events,
+            self.snapshots,
+            self.snapshot_save,
+            self.snapshot_restore,
+            self.snapshot_delete,
         ):
-            server.register(f"guest.{name}", getattr(self, name))
-        server.register("guest.snapshots", self.snapshots)
-        server.register("guest.snapshot_save", self.snapshot_save)
-        server.register("guest.snapshot_restore", self.snapshot_restore)
-        server.register("guest.snapshot_delete", self.snapshot_delete)
+            server.register(f"guest.{handler.__name__}", handler)
         server.register_stream("guest.console", self.console)
         server.register_stream("guest.log", self.log)
-        server.register("guest.events", self.events)
 
     # -- finding things ------------------------------------------------------------------------------------------
 
@@ -127,6 +129,10 @@ class GuestService:
     def _started(self, guest: str) -> Path:
         """A file that was last changed when the guest was last started."""
         return self.folder(guest) / "started"
+
+    def _ready(self, guest: str) -> Path:
+        """A file that is there when the guest has been ready since its start."""
+        return self.folder(guest) / "ready"
 
     @contextlib.contextmanager
     def _locked(self, guest: str) -> Iterator[None]:
@@ -184,6 +190,20 @@ class GuestService:
             found.append(self._facts(view, state, reason).to_json())
         return found
 
+    def settle(self, call: Call) -> None:
+        """Wait until no call works on a guest. Whoever holds the lab alone asks this before looking: a command that
+        was killed a moment ago may have left a call that is just being taken back.
+
+        :raise GuestError: a call does not end.
+        """
+        deadline = Deadline(scaled(SETTLE_SECONDS))
+        with self._locks_lock:
+            locks = dict(self._locks)
+        for guest, lock in locks.items():
+            if not lock.acquire(timeout=deadline.left):
+                raise GuestError(f"guest {guest}: an earlier command still works on it", hint="try again in a minute")
+            lock.release()
+
     def _facts(self, view: DomainView, state: int, reason: int) -> GuestFacts:
         word = STATES.get(state, "unknown")
         why = OFF_REASONS.get(reason, "") if word == "off" else ""
@@ -214,6 +234,8 @@ class GuestService:
     def _is_ready(self, view: DomainView, ready: str) -> bool:
         if ready == "agent":
             return view.agent_connected
+        if self._ready(view.name).exists():
+            return True
         if ready.startswith("console:"):
             raw = consolelog.tail_bytes(self.console_log(view.name))
             return re.search(ready.removeprefix("console:"), "\n".join(consolelog.clean(raw))) is not None
@@ -235,11 +257,12 @@ class GuestService:
         call.on_cancel(self.libvirt.poke)
         with self._locked(wish.name):
             was_there = self._find(wish.name) is not None
+            had_files = self.folder(wish.name).exists()  # a reboot takes the domain and leaves the disks
             try:
                 return self._start(call, wish, files, keys, fresh)
             except OrchestratorError:
                 if call.cancelled and not was_there:
-                    self._remove(wish.name, keep_disks=False)
+                    self._remove(wish.name, keep_disks=had_files)
                 raise
 
     def _start(
@@ -255,6 +278,7 @@ class GuestService:
             with libvirt_errors(f"guest {wish.name} does not start", hint="`orchestrator doctor` tells more"):
                 dom.create()
             self._started(wish.name).touch()
+            self._ready(wish.name).unlink(missing_ok=True)
         self._wait(call, wish, image)
         chosen, reason = accel.choose(wish.accel, wish.emulator or accel.DEFAULT_EMULATOR)
         return reason if wish.accel == "auto" and chosen != "kvm" else None
@@ -306,7 +330,12 @@ class GuestService:
         if image.disk:
             if fresh:
                 root.unlink(missing_ok=True)
-            if not root.exists() or disk.backing_file(root) != Path(image.disk):
+            if root.exists() and disk.backing_file(root) != Path(image.disk):
+                raise StateError(
+                    f"guest {wish.name}: its disk lies on another image than {image.id}",
+                    hint="`orchestrator up --yes` recreates it; its contents are lost",
+                )
+            if not root.exists():
                 disk.create_overlay(Path(image.disk), image.disk_format or "qcow2", root, wish.disk_size)
             self._give_to_qemu(root)
         wanted = {domain.disk_file(folder, extra): extra for extra in wish.disks}
@@ -380,6 +409,7 @@ class GuestService:
         with libvirt_errors(f"guest {wish.name}"), consolelog.watching(log, self.libvirt.poke):
             in_time = self.libvirt.wait(settled, deadline)
         if failure is None and in_time:
+            self._ready(wish.name).touch()
             return
         if consolelog.panic(log):
             self._destroy(dom)  # a kernel that has panicked spins for ever
@@ -697,6 +727,7 @@ class GuestService:
         with self._locked(guest), libvirt_errors(f"guest {guest}: snapshot {name} cannot be restored"):
             dom, view = self._get(guest)
             snapshots.restore(self.libvirt.conn, dom, view, self.folder(guest), name, call.progress)
+            self._started(guest).touch()
 
     def snapshot_delete(self, call: Call, guest: str, name: str) -> None:
         with self._locked(guest):

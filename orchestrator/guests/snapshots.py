@@ -22,7 +22,9 @@ from typing import Any
 import libvirt
 
 from orchestrator.errors import GuestError, NotFoundError, StateError
+from orchestrator.guests import consolelog
 from orchestrator.guests.domain import SEED_DISK, DomainView
+from orchestrator.images import disk
 from orchestrator.paths import make_dir, write_atomic
 from orchestrator.run import run
 
@@ -37,6 +39,7 @@ class Snapshot:
     created: float
     size: int
     disks: list[str]
+    nics: list[str]
     description: str
     tag: str
     """Name of the snapshot inside the disks. Never used twice: a disk keeps it when a guest that runs deletes its
@@ -104,9 +107,9 @@ def save(
     progress("writing its memory")
     dom.save(str(memory))
     try:
-        for disk in disks:
-            progress(f"disk {disk.stem}")
-            run(["qemu-img", "snapshot", "-c", tag, disk])
+        for file in disks:
+            progress(f"disk {file.stem}")
+            run(["qemu-img", "snapshot", "-c", tag, file])
     finally:
         progress("going on")
         conn.restoreFlags(
@@ -116,7 +119,8 @@ def save(
         name=name,
         created=time.time(),
         size=memory.stat().st_size,
-        disks=[disk.stem for disk in disks],
+        disks=[file.stem for file in disks],
+        nics=view.nics,
         description=description,
         tag=tag,
     )
@@ -138,19 +142,28 @@ def restore(
     """
     snapshot = get(guest_folder, name)
     disks = _disk_files(guest_folder, view)
-    if sorted(disk.stem for disk in disks) != sorted(snapshot.disks):
+    if sorted(file.stem for file in disks) != sorted(snapshot.disks):
         raise StateError(
             f"snapshot {name} was taken with the disks {', '.join(snapshot.disks) or 'none'}",
             hint="put the disks back as they were, then restore",
         )
+    memory = str(_folder(guest_folder, name) / "memory")
+    if sorted(snapshot.nics) != sorted(view.nics):
+        raise StateError(
+            f"snapshot {name} was taken with other NICs", hint="put them back as they were, then restore"
+        )
+    for file in disks:
+        if snapshot.tag not in {inside["name"] for inside in disk.info(file).get("snapshots", [])}:
+            raise StateError(f"snapshot {name} does not fit {file.stem}: that disk was made anew since then")
     if dom.isActive():
         progress("stopping it")
         dom.destroy()
-    for disk in disks:
-        progress(f"disk {disk.stem}")
-        run(["qemu-img", "snapshot", "-a", snapshot.tag, disk])
+    consolelog.rotate(guest_folder / "console.log")  # a panic since then is not its matter
+    for file in disks:
+        progress(f"disk {file.stem}")
+        run(["qemu-img", "snapshot", "-a", snapshot.tag, file])
     progress("reading its memory")
-    conn.restoreFlags(str(_folder(guest_folder, name) / "memory"), None, libvirt.VIR_DOMAIN_SAVE_RUNNING)
+    conn.restoreFlags(memory, None, libvirt.VIR_DOMAIN_SAVE_RUNNING)
 
 
 def delete(dom: libvirt.virDomain, guest_folder: Path, name: str) -> None:

@@ -9,6 +9,7 @@ nothing. ``owner.json`` in the runtime folder names the process by pid and start
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -16,7 +17,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -115,8 +116,23 @@ def start(place: AgentPlace, prefix: Sequence[str] = (), options: Sequence[str] 
     """
     paths.make_dir(place.run_dir)
     paths.make_dir(place.state_dir)
-    if answers(place):
-        return
+    with _starting(place):
+        if not answers(place):
+            _start(place, prefix, options)
+
+
+@contextlib.contextmanager
+def _starting(place: AgentPlace) -> Iterator[None]:
+    """One starter at a time: commands that only look start an agent too, and take no lock of the lab."""
+    fd = os.open(place.state_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _start(place: AgentPlace, prefix: Sequence[str], options: Sequence[str]) -> None:
     if (owner := read_owner(place.run_dir)) and owner.alive:
         end_process(owner.pid, owner.start, f"{place.host}: an agent that does not answer")
     place.socket.unlink(missing_ok=True)
@@ -133,8 +149,13 @@ def start(place: AgentPlace, prefix: Sequence[str] = (), options: Sequence[str] 
             pass_fds=[listener.fileno()],
             detach=True,
         )
-    owner = Owner(place.uid, place.lab, place.host, process.pid, start_time(process.pid) or "")
-    paths.write_atomic(place.run_dir / "owner.json", json.dumps(asdict(owner)))
+    write_owner(place.run_dir, place.uid, place.lab, place.host, process.pid)
+
+
+def write_owner(run_dir: Path, uid: str, lab: str, host: str, pid: int) -> None:
+    """Written by the one who starts an agent, and by the agent itself, in case the starter is killed before."""
+    owner = Owner(uid, lab, host, pid, start_time(pid) or "")
+    paths.write_atomic(run_dir / "owner.json", json.dumps(asdict(owner)))
 
 
 def connect(place: AgentPlace) -> socket.socket:

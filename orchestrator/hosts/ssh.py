@@ -201,11 +201,11 @@ class SshTransport:
     def facts(self) -> HostFacts:
         self._remote = None
         version = self._version_there()
-        if version != __version__:
-            problem = f"toolkit: {version or 'missing'} → {__version__}"
-            return HostFacts(present=False, agent=False, problems=(problem,))
+        problems = () if version == __version__ else (f"toolkit: {version or 'missing'} → {__version__}",)
+        if version is None:
+            return HostFacts(problems=problems)
         facts = self._facts()
-        return HostFacts(present=bool(facts["present"]), agent=bool(facts["agent"]))
+        return HostFacts(present=bool(facts["present"]), agent=bool(facts["agent"]), problems=problems)
 
     def ensure(self, progress: Progress) -> None:
         progress("connecting")

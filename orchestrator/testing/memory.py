@@ -185,6 +185,9 @@ class MemoryHost:
 
     # -- guests --------------------------------------------------------------------------------------------------
 
+    def guest_settle(self, call: Call) -> None:
+        pass
+
     def guest_facts(self, call: Call) -> list[dict[str, Any]]:
         return [facts.to_json() for facts in self.guests.values()]
 

@@ -91,7 +91,9 @@ def test_changed_file_changes_only_what_differs(sandbox: Sandbox) -> None:
     # and back again, still live but for the vCPU, which QEMU under TCG does not release
     sandbox.file(SMALL.replace("vcpus: {count: 1, max: 2}", "vcpus: {count: 2, max: 2}"))
     assert {impact for impact, _, _ in plan_of(sandbox, file)} <= {"live", "remove"}
-    sandbox.run("up", "-f", file)
+    refused = sandbox.run("up", "-f", file, status=1)
+    assert "contents of disks would be lost" in refused.stderr
+    sandbox.run("up", "-f", file, "--yes")
     guests = sandbox.guests()
     assert {name: guest["since"] for name, guest in guests.items()} == began, "a guest was restarted"
     assert (guests["ann"]["vcpus"], guests["ann"]["memory"]) == (2, 192 << 20)

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -64,6 +65,17 @@ def wait_for_end(pid: int) -> None:
     """Until the process has ended; it stays a zombie unless somebody reaps it."""
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def refusal(place: AgentPlace) -> HostError:
+    """Why nobody answers. Whoever looks through /proc may hold a socket a little longer than its process does."""
+    for _ in range(1000):
+        try:
+            connect(place).close()
+        except HostError as error:
+            return error
+        time.sleep(0.01)
+    raise AssertionError(f"somebody answers at {place.socket}")
 
 
 # -- who is it -------------------------------------------------------------------------------------------------------
@@ -190,10 +202,10 @@ def test_agent_that_ends_at_once_is_told_with_the_end_of_its_log(place: AgentPla
     owner = start(place, DIES)
     wait_for_end(owner.pid)
 
-    with pytest.raises(HostError, match="alpha: no agent answers") as caught:
-        connect(place)
+    error = refusal(place)
 
-    assert caught.value.tail == ("no libvirt here",)
+    assert "alpha: no agent answers" in str(error)
+    assert error.tail == ("no libvirt here",)
     assert not answers(place)
 
 

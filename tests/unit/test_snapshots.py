@@ -88,7 +88,8 @@ def keep(folder: Path, name: str, **changes: object) -> Snapshot:
     place = folder / "snapshots" / name
     place.mkdir(parents=True)
     (place / "memory").write_text("0")
-    data = {"name": name, "created": 1.0, "size": 1, "disks": [], "description": "", "tag": "orc-1", **changes}
+    data = {"name": name, "created": 1.0, "size": 1, "disks": [], "nics": [], "description": "", "tag": "orc-1"}
+    data |= changes
     (place / "snapshot.json").write_text(json.dumps(data))
     return Snapshot(**data)  # type: ignore[arg-type]
 
