@@ -62,7 +62,7 @@ def _processes() -> Iterator[str]:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except (OSError, IndexError):
             continue
-        ours = "orchestrator.agent" in command or ("qemu-system" in command and "guest=" in command)
+        ours = "-m orchestrator.agent" in command or ("qemu-system" in command and "guest=" in command)
         if ours and state not in "ZX":
             yield f"{folder.name} {command[:200]}"
 
