@@ -194,6 +194,8 @@ class Server:
                 if not isinstance(method, str) or not isinstance(params, dict):
                     raise ProtocolError("a call without a method or with malformed parameters")
                 if handler := self._streams.get(method):
+                    if calls:
+                        raise ProtocolError("a raw stream was asked for while calls are under way")
                     self._serve_raw(handler, stream, number, params, send)
                     return
                 if number in calls or len(calls) >= MAX_CALLS_PER_STREAM:

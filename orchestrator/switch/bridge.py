@@ -179,6 +179,11 @@ def ensure(uid: str, wanted: Membership) -> None:
     with _netlink(f"network {network.name}") as ip:
         _rename(ip, uid, network)
         bridge = _ensure_bridge(ip, uid, network)
+        for link in ip.get_links():
+            owner = names.parse_mark(link.get("ifalias"))
+            is_port = link.get("master") == bridge and owner is not None and owner[:2] == (uid, "port")
+            if is_port and link.get("mtu") != network.mtu:
+                ip.link("set", index=link["index"], mtu=network.mtu)
         if wanted.peers:
             _ensure_vxlan(ip, uid, wanted, bridge)
         elif vxlan := _link(ip, network.vxlan):
