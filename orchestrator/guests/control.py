@@ -88,6 +88,10 @@ def _compare_size(
         (fall if want < have else restart if want > old_max else live).append(f"{key}: {show(have)} → {show(want)}")
 
 
+def _changed_fields(what: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [_arrow(f"{what} {key}", old.get(key), value) for key, value in new.items() if old.get(key) != value]
+
+
 def _compare_nics(wish: ResolvedGuest, facts: GuestFacts, live: list[str], restart: list[str]) -> None:
     before = {nic["mac"]: nic for nic in facts.wish.get("nics", [])}
     wanted = {nic.mac: nic for nic in wish.nics}
@@ -98,10 +102,7 @@ def _compare_nics(wish: ResolvedGuest, facts: GuestFacts, live: list[str], resta
         if mac not in facts.nics:
             live.append(f"NIC {mac} on {nic.network}: plugged")
         elif mac in before:
-            old, new = before[mac], nic.model_dump(mode="json")
-            restart += [
-                _arrow(f"NIC {mac} {key}", old.get(key), value) for key, value in new.items() if old.get(key) != value
-            ]
+            restart += _changed_fields(f"NIC {mac}", before[mac], nic.model_dump(mode="json"))
 
 
 def _compare_disks(wish: ResolvedGuest, facts: GuestFacts, live: list[str], recreate: list[str]) -> None:
@@ -114,9 +115,4 @@ def _compare_disks(wish: ResolvedGuest, facts: GuestFacts, live: list[str], recr
         if name not in facts.disks:
             live.append(f"disk {name} of {format_size(disk.size)}: plugged")
         elif name in before:
-            old, new = before[name], disk.model_dump(mode="json")
-            recreate += [
-                _arrow(f"disk {name} {key}", old.get(key), value)
-                for key, value in new.items()
-                if old.get(key) != value
-            ]
+            recreate += _changed_fields(f"disk {name}", before[name], disk.model_dump(mode="json"))

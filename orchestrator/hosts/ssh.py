@@ -61,7 +61,6 @@ class SshTransport:
         self._client: paramiko.SSHClient | None = None
         self._jump: paramiko.SSHClient | None = None
         self._lock = threading.Lock()
-        self._remote: dict[str, Any] | None = None
 
     @property
     def toolkit(self) -> PurePosixPath:
@@ -191,15 +190,12 @@ class SshTransport:
         return stdout.decode(errors="replace").strip() if status == 0 else None
 
     def _facts(self) -> dict[str, Any]:
-        if self._remote is None:
-            try:
-                self._remote = json.loads(self._act("facts"))
-            except ValueError as error:
-                raise HostError(f"host {self.host.name}: the toolkit there gave no facts: {error}") from error
-        return self._remote
+        try:
+            return dict(json.loads(self._act("facts")))
+        except ValueError as error:
+            raise HostError(f"host {self.host.name}: the toolkit there gave no facts: {error}") from error
 
     def facts(self) -> HostFacts:
-        self._remote = None
         version = self._version_there()
         problems = () if version == __version__ else (f"toolkit: {version or 'missing'} → {__version__}",)
         if version is None:
@@ -217,7 +213,6 @@ class SshTransport:
 
     def start_agent(self) -> None:
         self._act("start")
-        self._remote = None
 
     def _install(self, version: str | None, progress: Progress) -> None:
         """:raise HostError: what is there may not be replaced, or the installation fails."""
@@ -251,7 +246,6 @@ class SshTransport:
     def remove(self, progress: Progress) -> None:
         progress("agent")
         self._act("remove")
-        self._remote = None
 
     def stream(self) -> Stream:
         transport = self._connection().get_transport()
