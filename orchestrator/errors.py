@@ -155,6 +155,10 @@ class HostError(OrchestratorError):
     exit_code = 4
 
 
+class HostKeyError(HostError):
+    """A host shows another SSH key than the one that is known: it may not be the host that it was."""
+
+
 class LockedError(OrchestratorError):
     """Another command is changing the same lab."""
 

@@ -43,11 +43,26 @@ def runtime() -> Path:
     return _place("ORCHESTRATOR_RUN", "/run/orc", "XDG_RUNTIME_DIR", ".local/run")
 
 
-def templates() -> Path:
-    """The folder of the Jinja2 templates: inside the installed package, or at the top of the checkout."""
+def _shipped(name: str) -> Path:
+    """A folder that comes with the package: inside it where it is installed, else at the top of the checkout."""
     package = Path(__file__).parent
-    installed = package / "_templates"
-    return installed if installed.is_dir() else package.parent / "templates"
+    installed = package / f"_{name}"
+    return installed if installed.is_dir() else package.parent / name
+
+
+def templates() -> Path:
+    """The folder of the Jinja2 templates."""
+    return _shipped("templates")
+
+
+def ansible() -> Path:
+    """The folder of the playbook and roles that make a machine a lab host."""
+    return _shipped("ansible")
+
+
+def vagrant() -> Path:
+    """The folder of the Vagrantfile."""
+    return _shipped("vagrant")
 
 
 def make_dir(path: Path, mode: int = 0o755) -> Path:

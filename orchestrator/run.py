@@ -8,20 +8,28 @@ line that can be pasted into a shell.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import logging
 import os
+import select
 import shlex
+import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from orchestrator.errors import CommandError
+from orchestrator.errors import CancelledError, CommandError, OrchestratorError
+from orchestrator.patience import Deadline
 
 log = logging.getLogger(__name__)
 
 TAIL_LINES = 15
+END_SECONDS = 15.0
+NOT_FOUND = 127  # what setpriv exits with when there is no such program, as a shell does
 
 Args = Sequence[str | os.PathLike[str]]
 
@@ -120,16 +128,17 @@ def spawn(
     stderr: int | IO[bytes] | None = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
     detach: bool = False,
+    cwd: Path | None = None,
     hint: str | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a program and return at once.
 
     :param detach: give it a session of its own, so that it outlives us and our terminal.
+    :param cwd: its folder; ours, or ``/`` where it is detached.
     :raise CommandError: the program was not found or may not be run.
     """
-    line = shell_line(args, env)
+    line = shell_line(args, env, cwd)
     log.info("spawn: %s", line)
-    options: dict[str, Any] = {"start_new_session": True, "cwd": "/"} if detach else {}
     try:
         return subprocess.Popen(
             [os.fspath(arg) for arg in args],
@@ -138,9 +147,78 @@ def spawn(
             stdout=stdout,
             stderr=stderr,
             pass_fds=tuple(pass_fds),
-            **options,
+            start_new_session=detach,
+            cwd=cwd or (Path("/") if detach else None),
         )
     except FileNotFoundError as error:
         raise _not_found(args, line, hint) from error
     except OSError as error:
         raise CommandError(f"{os.fspath(args[0])}: {str(error.strerror).lower()}", command=line, hint=hint) from error
+
+
+def follow(
+    args: Args,
+    on_line: Callable[[str], None],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float,
+    cancel: threading.Event | None = None,
+    hint: str | None = None,
+) -> None:
+    """Run a program that takes long, and pass on each line that it prints, errors too, as it comes.
+
+    It runs in a session of its own, so that Ctrl-C on our terminal reaches us and not it; with its children it is
+    ended, first by SIGINT and after :data:`END_SECONDS` by SIGKILL, when it is cancelled or the time is over.
+
+    :raise CommandError: not found, timed out, ended by a signal, or failed.
+    :raise CancelledError: ``cancel`` was set.
+    """
+    line = shell_line(args, env, cwd)
+    # Should we be killed, it is told to end: the kernel does that.
+    process = spawn(
+        ["setpriv", "--pdeathsig=INT", *args],
+        env=env,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        detach=True,
+        hint=hint,
+    )
+    assert process.stdout is not None
+    last: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+    deadline = Deadline(timeout)
+    why: OrchestratorError | None = None
+    partial = b""
+    with process.stdout as output:
+        while why is None:
+            ready, _, _ = select.select([output], [], [], 0.2)
+            data = os.read(output.fileno(), 1 << 16) if ready else b""
+            *lines, partial = (partial + data).split(b"\n")
+            for text in (raw.decode(errors="replace").rstrip() for raw in lines):
+                if text:
+                    last.append(text)
+                    on_line(text)
+            if not data and (ready or process.poll() is not None):
+                break
+            if cancel is not None and cancel.is_set():
+                why = CancelledError(f"{os.fspath(args[0])} was given up")
+            elif deadline.passed:
+                message = f"{os.fspath(args[0])} did not end within {timeout:.0f} s"
+                why = CommandError(message, command=line, tail=list(last), hint=hint)
+    if why is not None:
+        _end_group(process)
+        raise why
+    if code := process.wait():
+        if code == NOT_FOUND and shutil.which(os.fspath(args[0])) is None:
+            raise _not_found(args, line, hint)
+        message = f"{os.fspath(args[0])} {describe_exit(code)}"
+        raise CommandError(message, command=line, tail=list(last), hint=hint)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGINT, signal.SIGKILL):  # the second one also for children that do not listen
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)

@@ -18,8 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-from orchestrator import paths
-
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 MS_BIND = 4096
@@ -48,11 +46,10 @@ def _arguments() -> argparse.Namespace:
 def _hide_kvm() -> None:
     """Where KVM does not work, keep libvirt from finding /dev/kvm: it would probe QEMU anew at every step, because
     what root finds and what QEMU's user finds differ. Only in a mount namespace of our own."""
-    if not Path("/dev/kvm").exists():
-        return
-    empty = paths.make_dir(paths.cache()) / "no-kvm"  # one for all: what is found with it is found once
-    empty.touch(mode=0o600)
-    _libc("mount", str(empty).encode(), b"/dev/kvm", None, MS_BIND, None)
+    from orchestrator.hosts import accel
+
+    if accel.KVM.exists():
+        _libc("mount", str(accel.no_kvm()).encode(), str(accel.KVM).encode(), None, MS_BIND, None)
 
 
 def supervise(args: argparse.Namespace) -> int:

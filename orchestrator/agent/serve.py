@@ -11,13 +11,14 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__, paths
 from orchestrator.guests.domain import Identity
 from orchestrator.guests.service import GuestService
-from orchestrator.hosts import accel
+from orchestrator.hosts import accel, inventory
 from orchestrator.hosts.rpc import Call, Server
 from orchestrator.images.service import ImageService
 from orchestrator.switch.service import NetworkService
@@ -63,6 +64,7 @@ class HostService:
     def register(self, server: Server) -> None:
         server.register("host.hello", self.hello)
         server.register("host.facts", self.facts)
+        server.register("host.inventory", self.inventory)
         server.register("host.doctor", self.doctor)
 
     def hello(self, call: Call) -> dict[str, Any]:
@@ -76,22 +78,23 @@ class HostService:
         }
 
     def facts(self, call: Call) -> dict[str, Any]:
-        memory = {
-            line.split(":")[0]: int(line.split()[1]) << 10
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if len(line.split()) == 3
-        }
+        """What changes, and what a table of hosts shows. Sizes in bytes."""
+        memory = inventory.memory()
         verdict = accel.probe()
         return {
             "kernel": platform.release(),
             "cpus": os.cpu_count(),
             "load": os.getloadavg()[0],
-            "memory": memory.get("MemTotal", 0),
-            "memory_available": memory.get("MemAvailable", 0),
+            "memory": memory.total or 0,
+            "memory_available": memory.available or 0,
             "disk_available": shutil.disk_usage(self._state_dir).free,
             "accel": verdict.kind,
             "accel_reason": verdict.reason,
         }
+
+    def inventory(self, call: Call) -> dict[str, Any]:
+        """What the machine is: an :class:`~orchestrator.hosts.inventory.Inventory`, and what accelerates guests."""
+        return {"accel": asdict(accel.probe()), **inventory.take().to_json()}
 
     def doctor(self, call: Call, only: list[str] | None = None) -> list[dict[str, Any]]:
         from orchestrator import doctor

@@ -59,9 +59,9 @@ def options(
 
 
 def _register() -> None:
-    from orchestrator.cli import guest, image, lab, read, tools
+    from orchestrator.cli import box, guest, host, image, lab, read, tools
 
-    for module in (lab, read, guest, image, tools):
+    for module in (lab, read, guest, host, image, box, tools):
         module.register(app)
 
 

@@ -18,7 +18,7 @@ from orchestrator.hosts.rpc import Client, Stream
 from orchestrator.hosts.transport import Transport, client
 from orchestrator.spec.load import load
 from orchestrator.spec.resolve import resolve
-from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab
+from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab
 from orchestrator.state import LabState, all_labs
 
 DEFAULT_FILE = Path("lab.yaml")
@@ -28,6 +28,14 @@ def complete_guests(incomplete: str) -> list[str]:
     """Shell completion: guests of every lab that is up."""
     with contextlib.suppress(OrchestratorError):
         found = [name for lab in all_labs() for name in LabState(lab).get().guests]
+        return [name for name in found if name.startswith(incomplete)]
+    return []
+
+
+def complete_hosts(incomplete: str) -> list[str]:
+    """Shell completion: hosts of every lab that is up."""
+    with contextlib.suppress(OrchestratorError):
+        found = [name for lab in all_labs() for name in LabState(lab).get().hosts]
         return [name for name in found if name.startswith(incomplete)]
     return []
 
@@ -49,6 +57,7 @@ LabOption = Annotated[
 OutputOption = Annotated[
     Format, typer.Option("--output", "-o", envvar="ORCHESTRATOR_OUTPUT", help="How to print the result.")
 ]
+HostArgument = Annotated[str, typer.Argument(help="Name of the host.", autocompletion=complete_hosts)]
 GuestArgument = Annotated[str, typer.Argument(help="Name of the guest.", autocompletion=complete_guests)]
 
 
@@ -81,15 +90,42 @@ def current(file: Path | None, lab: str | None) -> tuple[ResolvedLab, LabState]:
     return state.get(), state
 
 
+def _box(progress: Callable[[str], None]) -> str:
+    from orchestrator import boxes  # only who makes a machine of Vagrant's needs it
+
+    return boxes.ensure(progress)
+
+
 @contextlib.contextmanager
 def transports(lab: ResolvedLab) -> Iterator[dict[str, Transport]]:
     """Every host of the lab, also those that it had before and that are not cleared yet."""
-    opened = {name: open_host(lab, name) for name in {**lab.former_hosts, **lab.hosts}}
+    opened = {name: open_host(lab, name, _box) for name in {**lab.former_hosts, **lab.hosts}}
     try:
         yield opened
     finally:
         for transport in opened.values():
             transport.close()
+
+
+def host_of(lab: ResolvedLab, name: str) -> ResolvedHost:
+    """:raise NotFoundError: with the hosts that there are."""
+    if name not in lab.hosts:
+        raise NotFoundError(f"lab {lab.lab} has no host {name}", hint=f"its hosts: {', '.join(lab.hosts)}")
+    return lab.hosts[name]
+
+
+def agent_of(transport: Transport) -> Client:
+    """A connection to the host's agent, which is started if it has died.
+
+    :raise HostError: the host does not answer, or is not made yet.
+    """
+    seen = transport.facts()
+    if not seen.present or seen.broken:
+        why = "; ".join(seen.problems) or "it is not there"
+        raise HostError(f"host {transport.host.name}: {why}", hint="`orchestrator up` makes it")
+    if not seen.agent:
+        transport.start_agent()
+    return client(transport)
 
 
 def guest_of(lab: ResolvedLab, name: str) -> ResolvedGuest:
@@ -119,10 +155,7 @@ class GuestSession:
         try:
             return client(self.transport)
         except HostError:
-            if not self.transport.facts().present:
-                raise
-            self.transport.start_agent()
-            return client(self.transport)
+            return agent_of(self.transport)
 
     def call(self, method: str, progress: Callable[[str], None] | None = None, **params: Any) -> Any:
         with self._client() as agent:

@@ -66,14 +66,13 @@ class Verdict:
     emulator: str
 
 
-_inherited: Verdict | None = None
+_INHERITED = "ORCHESTRATOR_ACCEL_VERDICT"  # in the environment, for programs that we start too
 
 
 def inherit(verdict: Verdict) -> None:
     """Take ``verdict`` for every emulator from now on, also in children of this process: for who hides ``/dev/kvm``
     from them because of it."""
-    global _inherited
-    _inherited = verdict
+    os.environ[_INHERITED] = json.dumps(asdict(verdict))
 
 
 def probe(emulator: str = DEFAULT_EMULATOR, *, fresh: bool = False) -> Verdict:
@@ -82,8 +81,8 @@ def probe(emulator: str = DEFAULT_EMULATOR, *, fresh: bool = False) -> Verdict:
     :param emulator: program name or path.
     :param fresh: try again although a verdict is known. Takes up to 1 s + 6 times what TCG takes (0.1 s).
     """
-    if _inherited is not None:
-        return replace(_inherited, emulator=emulator)
+    if inherited := os.environ.get(_INHERITED):
+        return replace(Verdict(**json.loads(inherited)), emulator=emulator)
     path = shutil.which(emulator)
     if path is None:
         return Verdict("tcg", None, f"{emulator} is not installed", None, emulator)
@@ -99,6 +98,14 @@ def probe(emulator: str = DEFAULT_EMULATOR, *, fresh: bool = False) -> Verdict:
             except OSError as error:
                 log.info("the verdict is not kept: %s", error)
         return verdict
+
+
+def no_kvm() -> Path:
+    """A file that nobody can use as KVM, to be mounted over :data:`KVM` where that does not work. There is one for
+    all, as what libvirt finds out with it is kept for this file."""
+    empty = paths.make_dir(paths.cache()) / "no-kvm"
+    empty.touch(mode=0o600)
+    return empty
 
 
 def choose(wanted: Literal["auto", "kvm", "tcg"], emulator: str = DEFAULT_EMULATOR) -> tuple[str, str]:

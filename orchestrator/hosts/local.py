@@ -4,6 +4,9 @@ One namespace per host, ``orc.LAB.HOST``, and one, ``orc.LAB``, that holds nothi
 no link of a lab appears among the machine's own. Each namespace's ``lo`` carries the ownership mark as its alias.
 A network with an uplink adds one veth pair to the machine's namespace, with routes to the guests' addresses; the next
 hops are IPv6 link-local addresses (RFC 5549), so that no address of the machine's own networks is used up.
+
+In a lab that has Vagrant hosts too, a veth pair joins the underlay's bridge with the one that those are plugged into
+(:mod:`orchestrator.hosts.underlay`), so that all of them are on one underlay.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -34,6 +37,7 @@ NETNS_DIR = Path("/run/netns")
 _NAMESPACES = threading.Lock()  # the hosts of a lab, made in parallel, share the underlay's namespace
 
 UNDERLAY = "underlay"
+JOINT = "joint"
 UPLINK = "uplink"
 ROOT_NEXT_HOP = "fe80::1"
 HOST_NEXT_HOP = "fe80::2"
@@ -69,6 +73,8 @@ class LocalTransport:
         self.underlay_namespace = names.namespace(lab.lab)
         self._port = names.link("h", lab.uid, host.name)
         self._uplink = names.link("u", lab.uid, host.name)
+        self._joint = names.link("j", lab.uid, UNDERLAY)
+        self._joins = any(other.spec.kind == "vagrant" for other in lab.hosts.values())
 
     # -- what is there -------------------------------------------------------------------------------------------
 
@@ -123,6 +129,8 @@ class LocalTransport:
                 ]
                 if have != [wanted]:
                     problems.append(f"underlay address: {', '.join(have) or 'none'} → {wanted}")
+        if self._joins and not self._is_joined():
+            problems.append("the underlay does not reach the Vagrant hosts")
         wanted_routes = self._uplink_routes()
         have_routes = self._have_routes()
         if wanted_routes != have_routes:
@@ -157,6 +165,9 @@ class LocalTransport:
             self._ensure_namespace(self.underlay_namespace, "underlay")
             self._ensure_namespace(self.namespace, self.host.name)
             self._ensure_underlay()
+            if self._joins and not self._is_joined():
+                progress("joining the underlay of the Vagrant hosts")
+                self._join()
         self._ensure_uplink()
         progress("agent")
         self.start_agent()
@@ -200,6 +211,30 @@ class LocalTransport:
                 if (address.get("address"), address["prefixlen"]) != wanted:
                     ip.addr("del", index=index, address=address.get("address"), prefixlen=address["prefixlen"])
             ip.addr("replace", index=index, address=wanted[0], prefixlen=wanted[1])
+
+    def _is_joined(self) -> bool:
+        from orchestrator.hosts import underlay  # libvirt, which labs of local hosts alone do without
+
+        with IPRoute() as ip:
+            bridge, joint = _index(ip, underlay.bridge_name(self.lab)), _index(ip, self._joint)
+            return bridge is not None and joint is not None and ip.link("get", index=joint)[0].get("master") == bridge
+
+    def _join(self) -> None:
+        from orchestrator.hosts import libvirtd, underlay
+
+        mtu = self.lab.underlay_mtu
+        with libvirtd.session() as conn, IPRoute() as ip:
+            underlay.ensure(self.lab, conn)
+            joint = _index(ip, self._joint)
+            if joint is None:
+                peer = {"ifname": JOINT, "net_ns_fd": self.underlay_namespace}
+                ip.link("add", ifname=self._joint, kind="veth", peer=peer)
+                joint = _index(ip, self._joint)
+            mark = names.mark(self.lab.uid, "underlay", self.lab.lab)
+            bridge = _index(ip, underlay.bridge_name(self.lab))
+            ip.link("set", index=joint, ifalias=mark, master=bridge, mtu=mtu, state="up")
+        with _inside(self.underlay_namespace) as ip:
+            ip.link("set", index=_index(ip, JOINT), master=_index(ip, UNDERLAY), mtu=mtu, state="up")
 
     def _ensure_uplink(self) -> None:
         wanted = self._uplink_routes()
@@ -253,9 +288,17 @@ class LocalTransport:
             if port is not None:
                 with contextlib.suppress(NetlinkError):  # it goes by itself when its peer's namespace has gone
                     ip.link("del", index=port)
-            last = all(link.get("ifname") in ("lo", UNDERLAY) for link in ip.get_links())
+            last = all(link.get("ifname") in ("lo", UNDERLAY, JOINT) for link in ip.get_links())
         if last:
             self._remove_namespace(self.underlay_namespace)
+            if self._joins:
+                self._remove_joined_underlay()
+
+    def _remove_joined_underlay(self) -> None:
+        from orchestrator.hosts import libvirtd, underlay
+
+        with libvirtd.session() as conn:
+            underlay.remove(self.lab, conn)
 
     def _remove_namespace(self, namespace: str) -> None:
         if not self._exists(namespace):

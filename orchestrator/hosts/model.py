@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from orchestrator.spec.base import Ipv4, Ipv4Net, Part, Whole, room_for_two
+from orchestrator.spec.base import Ipv4, Ipv4Net, Name, Part, Size, Whole, room_for_two
 
 
 class LocalHost(Part):
@@ -43,21 +43,49 @@ class SshHost(Part):
     description: str = Field("", description="free text")
 
 
+class HostDisk(Part):
+    """A disk of a Vagrant host beside the one that it starts from."""
+
+    name: Name = Field(description="serial number of the disk: /dev/disk/by-id/virtio-NAME")
+    size: Size = Field(description="what the host sees; takes room as it is written to")
+
+
+class VagrantHost(Part):
+    """A virtual machine made by Vagrant on this machine and set up by Ansible, with its own kernel and KVM."""
+
+    kind: Literal["vagrant"] = Field(description="vagrant: a virtual machine with its own kernel and /dev/kvm")
+    vcpus: Whole = Field(2, ge=1, le=255, description="virtual CPUs")
+    memory: Size = Field(2 << 30, ge=512 << 20, description="RAM")
+    disks: list[HostDisk] = Field([], max_length=8, description="disks beside the one that it starts from")
+    address: Ipv4 | None = Field(None, description="address on the underlay; assigned if absent")
+    box: str | None = Field(
+        None, min_length=1, description="Vagrant box; default: one that is built from this machine's packages"
+    )
+    accel: Literal["auto", "kvm", "tcg"] = Field(
+        "auto", description="auto: KVM where that can be nested, else QEMU's emulation of a machine that has KVM"
+    )
+    description: str = Field("", description="free text")
+
+
+UNDERLAY_HOSTS = (LocalHost, VagrantHost)
+"""Hosts whose place on the underlay is made by the toolkit, from ``underlay.cidr``."""
+
+
 def _kind(value: Any) -> str:
     kind = value.get("kind", "local") if isinstance(value, dict) else getattr(value, "kind", "local")
     return str(kind)
 
 
 HostSpec = Annotated[
-    Annotated[LocalHost, Tag("local")] | Annotated[SshHost, Tag("ssh")],
+    Annotated[LocalHost, Tag("local")] | Annotated[SshHost, Tag("ssh")] | Annotated[VagrantHost, Tag("vagrant")],
     Discriminator(_kind),
 ]
 
 
 class Underlay(Part):
-    """The network between the local hosts of the lab. It exists only inside the lab's namespaces."""
+    """The network between the local hosts and Vagrant hosts of the lab. It leads nowhere else."""
 
-    cidr: Ipv4Net = Field(IPv4Network("10.213.0.0/24"), description="addresses of the local hosts")
+    cidr: Ipv4Net = Field(IPv4Network("10.213.0.0/24"), description="addresses of the local and Vagrant hosts")
     mtu: Whole = Field(9000, ge=1280, le=65535, description="largest packet, in bytes")
 
     _room = field_validator("cidr")(room_for_two)

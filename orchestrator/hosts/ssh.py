@@ -19,7 +19,7 @@ from typing import Any
 import paramiko
 
 from orchestrator import __version__
-from orchestrator.errors import HostError
+from orchestrator.errors import HostError, HostKeyError
 from orchestrator.hosts.install import build_wheel
 from orchestrator.hosts.model import SshHost
 from orchestrator.hosts.rpc import Progress, Stream
@@ -89,7 +89,7 @@ class SshTransport:
                 sock=sock,
             )
         except paramiko.BadHostKeyException as error:
-            raise HostError(
+            raise HostKeyError(
                 f"host {self.host.name}: the key of {name} has changed: {error.key.get_name()} "
                 f"{error.key.fingerprint}",
                 hint=f"if the machine was installed anew: ssh-keygen -f {known_hosts} -R '{name}', then {learn}",
@@ -140,6 +140,10 @@ class SshTransport:
                         ) from error
                 self._client = self._new_client(self.spec.address, self.spec.port, self.spec.user, sock)
             return self._client
+
+    def check(self) -> None:
+        """:raise HostError: the host does not answer, or does not let us in."""
+        self._connection()
 
     def _run(self, command: str, seconds: float = COMMAND_SECONDS) -> tuple[int, bytes, bytes]:
         """Run a shell command there: exit status, output, errors.

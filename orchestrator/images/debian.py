@@ -7,16 +7,14 @@ QEMU starts its kernel directly, so it needs no boot loader and no partitions, a
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from pathlib import Path
 
 from orchestrator import names, paths
-from orchestrator.errors import ImageError
 from orchestrator.images import kernel as kernels
 from orchestrator.images import tiny
-from orchestrator.images.packages import distribution, locate, resolve, sources, unpack
+from orchestrator.images.packages import distribution, install_system, installed, locate, resolve, unpack
 from orchestrator.images.recipe import Built, Progress, Recipe, tree_digest
 from orchestrator.run import run
 
@@ -48,14 +46,6 @@ def recipe() -> Recipe:
 
 
 def _build(folder: Path, progress: Progress) -> Built:
-    if os.geteuid():
-        raise ImageError(
-            "only root can build the debian image", hint="use sudo, or name a cloud image under `images`"
-        )
-    if not shutil.which("mmdebstrap"):
-        raise ImageError(
-            "the debian image is built by mmdebstrap, which is missing", hint="apt-get install mmdebstrap"
-        )
     system = distribution()
     work = folder / "work"
     unpacked, root = work / "packages", work / "root"
@@ -69,27 +59,23 @@ def _build(folder: Path, progress: Progress) -> Built:
         shutil.rmtree(kernel.modules / "kernel" / unused, ignore_errors=True)
     progress(f"installing {system.id} {system.codename}, which takes a minute or more")
     template, modules = (shlex.quote(str(path)) for path in (paths.templates() / "debian", kernel.modules))
-    # In namespaces of its own, which end with us: whatever happens, no process and no mount is left.
-    run(
-        ["setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        + ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", "--quiet"]
-        + [f"--include={','.join((*PACKAGES, system.keyring))}", "--dpkgopt=force-unsafe-io"]
-        + [f"--dpkgopt=path-exclude=/usr/share/{kind}/*" for kind in ("doc", "man", "locale", "info")]
-        + [f'--customize-hook=mkdir -p "$1/usr/lib/modules" && cp -r {modules} "$1/usr/lib/modules/"']
-        + [f'--customize-hook=cp -r {template}/root/. "$1/" && sh {template}/customize "$1" {kernel.version}']
-        + [system.codename, root, "-"],
-        feed=sources(system).encode(),
-        env={"TMPDIR": str(work)},
-        timeout=3600,
+    install_system(
+        system,
+        root,
+        PACKAGES,
+        [
+            f'mkdir -p "$1/usr/lib/modules" && cp -r {modules} "$1/usr/lib/modules/"',
+            f'cp -r {template}/root/. "$1/" && sh {template}/customize "$1" {kernel.version}',
+        ],
     )
     progress("making the disk")
     raw = work / "disk.raw"
     run(["mke2fs", "-q", "-t", "ext4", "-L", LABEL, "-d", root, raw, SIZE], timeout=600)
     run(["qemu-img", "convert", "-O", "qcow2", raw, folder / "disk"], timeout=600)
-    installed = run(["dpkg-query", f"--root={root}", "--show"]).stdout.decode()
+    packages = installed(root)
     shutil.rmtree(work)
     return Built(
-        digest=names.digest(recipe().source, kernel.version, installed, length=12),
+        digest=names.digest(recipe().source, kernel.version, packages, length=12),
         kernel="kernel",
         initrd="initrd",
         disk="disk",

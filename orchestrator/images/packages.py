@@ -8,9 +8,11 @@ machine has.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from email.parser import Parser
 from pathlib import Path
@@ -19,6 +21,7 @@ from orchestrator.errors import CommandError, ImageError
 from orchestrator.run import run
 
 UPDATE_HINT = "apt-get update"
+INSTALL_HINT = "apt-get install mmdebstrap"
 
 # As if nothing were installed here, and without a word into apt's own caches.
 _APT = ("-o", "Dir::State::status=/dev/null", "-o", "Dir::Cache::pkgcache=", "-o", "Debug::NoLocking=1")
@@ -135,3 +138,36 @@ def sources(system: Distribution) -> str:
     if not lines:
         raise ImageError(f"apt has no lists of {system.id} {system.codename}", hint=UPDATE_HINT)
     return "\n".join(lines) + "\n"
+
+
+def install_system(
+    system: Distribution, root: Path, names: Sequence[str], hooks: Sequence[str], options: Sequence[str] = ()
+) -> None:
+    """Install a system of this machine's release with the packages ``names`` into the new folder ``root``.
+
+    :param hooks: shell commands for the time when all is installed; ``$1`` is the folder.
+    :param options: further options of mmdebstrap.
+    :raise ImageError: this user cannot, or mmdebstrap is missing.
+    :raise CommandError: mmdebstrap fails.
+    """
+    if os.geteuid():
+        raise ImageError("only root can install a system into a folder", hint="use sudo")
+    if not shutil.which("mmdebstrap"):
+        raise ImageError("mmdebstrap, which installs a system into a folder, is missing", hint=INSTALL_HINT)
+    # In namespaces of its own, which end with us: whatever happens, no process and no mount is left.
+    run(
+        ["setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        + ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", "--quiet"]
+        + [f"--include={','.join((*names, system.keyring))}", "--dpkgopt=force-unsafe-io", *options]
+        + [f"--dpkgopt=path-exclude=/usr/share/{kind}/*" for kind in ("doc", "man", "locale", "info")]
+        + [f"--customize-hook={hook}" for hook in hooks]
+        + [system.codename, root, "-"],
+        feed=sources(system).encode(),
+        env={"TMPDIR": str(root.parent)},
+        timeout=3600,
+    )
+
+
+def installed(root: Path) -> str:
+    """Every package of the system in ``root`` with its version, one line each."""
+    return run(["dpkg-query", f"--root={root}", "--show"]).stdout.decode()

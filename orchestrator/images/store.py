@@ -25,12 +25,12 @@ from typing import Any
 
 from orchestrator import paths
 from orchestrator.errors import CommandError, ImageError
-from orchestrator.images import debian, files, tiny
+from orchestrator.images import debian, files, labhost, tiny
 from orchestrator.images.model import ImageSpec
 from orchestrator.images.recipe import Built, Progress, Recipe
 
 MANIFEST = "manifest.json"
-BUILT_IN = {"tiny": tiny.recipe, "debian": debian.recipe}
+BUILT_IN = {"tiny": tiny.recipe, "debian": debian.recipe, "labhost": labhost.recipe}
 
 _BUILD = ".build-"
 _LOCK = ".lock-"

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from ruamel.yaml.nodes import MappingNode
 
-from orchestrator.hosts.model import LocalHost
+from orchestrator.hosts.model import UNDERLAY_HOSTS
 from orchestrator.spec.model import LabSpec
 from orchestrator.spec.node import Keys, Node
 from orchestrator.spec.report import Report, nearest_or_all, show, spell, wrong
@@ -49,7 +49,7 @@ class _Checks:
     def hosts(self) -> None:
         taken: list[tuple[Hashable, Keys]] = []
         for name, host in self.spec.hosts.items():
-            if isinstance(host, LocalHost):
+            if isinstance(host, UNDERLAY_HOSTS):
                 keys: Keys = ("hosts", name, "address")
                 address = host.address
                 if address and (fault := _unusable(address, self.spec.underlay.cidr)):
@@ -63,7 +63,7 @@ class _Checks:
 
     def networks(self) -> None:
         ranges: list[tuple[Network, Keys]] = []
-        if any(isinstance(host, LocalHost) for host in self.spec.hosts.values()):
+        if any(isinstance(host, UNDERLAY_HOSTS) for host in self.spec.hosts.values()):
             ranges.append((self.spec.underlay.cidr, ("underlay", "cidr")))
         for name, network in self.spec.networks.items():
             ranges += [
@@ -76,8 +76,8 @@ class _Checks:
         )
 
     def _carried(self, name: str, mtu: int | None) -> None:
-        """An MTU must leave room for VXLAN on the underlay of local hosts; of other underlays it is not known."""
-        local = all(isinstance(host, LocalHost) for host in self.spec.hosts.values())
+        """An MTU must leave room for VXLAN on the underlay that we make; of other underlays it is not known."""
+        local = all(isinstance(host, UNDERLAY_HOSTS) for host in self.spec.hosts.values())
         room = self.spec.underlay.mtu - VXLAN_OVERHEAD
         if mtu is not None and local and len(self.spec.hosts) > 1 and mtu > room:
             self._say(

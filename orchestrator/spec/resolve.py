@@ -15,7 +15,7 @@ from pathlib import Path
 
 from orchestrator import names
 from orchestrator.errors import SpecError
-from orchestrator.hosts.model import LocalHost
+from orchestrator.hosts.model import UNDERLAY_HOSTS
 from orchestrator.spec.check import VXLAN_OVERHEAD
 from orchestrator.spec.model import LabSpec
 from orchestrator.spec.resolved import (
@@ -89,19 +89,19 @@ def resolve(spec: LabSpec, file: Path, previous: ResolvedLab | None = None) -> R
 def _hosts(spec: LabSpec, previous: ResolvedLab | None) -> dict[str, ResolvedHost]:
     pool = _Pool(spec.underlay.cidr, "underlay")
     chosen: dict[str, Address] = {}
-    local = {name: host for name, host in spec.hosts.items() if isinstance(host, LocalHost)}
-    for name, local_host in local.items():
-        if local_host.address:
-            pool.reserve(local_host.address)
-            chosen[name] = local_host.address
-    for name in local:
+    ours = {name: host for name, host in spec.hosts.items() if isinstance(host, UNDERLAY_HOSTS)}
+    for name, our_host in ours.items():
+        if our_host.address:
+            pool.reserve(our_host.address)
+            chosen[name] = our_host.address
+    for name in ours:
         if previous and name in previous.hosts and name not in chosen:
             before = ip_address(previous.hosts[name].underlay)
             if pool.reserve(before):
                 chosen[name] = before
     resolved = {}
     for name, host in spec.hosts.items():
-        if isinstance(host, LocalHost):
+        if isinstance(host, UNDERLAY_HOSTS):
             underlay = str(chosen.get(name) or pool.assign())
         else:
             underlay = str(host.underlay) if host.underlay else _look_up(name, host.address)
@@ -123,8 +123,8 @@ def _look_up(name: str, address: str) -> str:
 def _mtu(network: NetworkSpec, spec: LabSpec) -> int:
     if network.mtu is not None:
         return network.mtu
-    all_local = all(isinstance(host, LocalHost) for host in spec.hosts.values())
-    carried = spec.underlay.mtu if all_local else DEFAULT_MTU
+    all_ours = all(isinstance(host, UNDERLAY_HOSTS) for host in spec.hosts.values())
+    carried = spec.underlay.mtu if all_ours else DEFAULT_MTU
     return min(DEFAULT_MTU, carried - VXLAN_OVERHEAD) if len(spec.hosts) > 1 else DEFAULT_MTU
 
 

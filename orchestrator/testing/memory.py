@@ -312,7 +312,7 @@ class MemoryLab:
         """The host of that name; a new, absent one where there is none."""
         return self.hosts.setdefault(name, MemoryHost(name))
 
-    def transport(self, lab: ResolvedLab, name: str) -> MemoryTransport:
+    def transport(self, lab: ResolvedLab, name: str, *_: Any) -> MemoryTransport:
         """What :func:`orchestrator.hosts.opening.open_host` is for real hosts."""
         return MemoryTransport(lab.hosts.get(name) or lab.former_hosts[name], self.host(name))
 

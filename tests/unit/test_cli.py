@@ -117,7 +117,8 @@ def test_commands_are_those_that_are_documented() -> None:
         "plan", "up", "down", "status", "inspect", "reach", "graph", "inventory", "ssh-config",
         "console", "exec", "ssh", "connect", "logs", "events", "pause", "resume", "start", "stop", "restart",
         "snapshot", "snapshot save", "snapshot restore", "snapshot list", "snapshot delete",
-        "image", "image list", "image build", "image prune", "doctor", "schema",
+        "image", "image list", "image build", "image prune", "box", "box list", "box build", "box prune",
+        "host", "host list", "host facts", "host doctor", "doctor", "schema",
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from orchestrator.errors import OrchestratorError, Place, Problem, SpecError, fr
 EXIT_CODES = {
     "SpecError": 3,
     "HostError": 4,
+    "HostKeyError": 4,
     "LockedError": 5,
     "CancelledError": 130,
 }  # all others: 1

@@ -32,11 +32,13 @@ MAY_IMPORT = {
     "agent": {"hosts", "images", "switch", "guests", "doctor"},  # puts the services of a host together
     "plan": {"hosts", "images", "switch", "guests"},
     "reach": set(),
+    "boxes": {"hosts", "images"},  # an image of a lab host, handed to Vagrant
     "apply": {"plan", "hosts", "images", "guests"},
     "render": {"plan", "state"},
     "testing": {"plan", "hosts", "switch", "guests"},
     "cli": {
         "apply", "render", "reach", "plan", "spec", "state", "agent", "hosts", "images", "switch", "guests", "doctor",
+        "boxes",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from orchestrator.errors import SpecError
 from orchestrator.guests.model import DiskSpec, GuestSpec, MemorySpec, VcpuSpec
-from orchestrator.hosts.model import LocalHost, SshHost, Underlay
+from orchestrator.hosts.model import HostDisk, LocalHost, SshHost, Underlay, VagrantHost
 from orchestrator.images.model import ImageSpec
 from orchestrator.spec.base import Part, format_size
 from orchestrator.spec.load import load
@@ -31,6 +31,8 @@ TABLES: dict[str, type[Part]] = {
     "The file": LabSpec,
     "Hosts of kind `local`": LocalHost,
     "Hosts of kind `ssh`": SshHost,
+    "Hosts of kind `vagrant`": VagrantHost,
+    "Disks of a Vagrant host": HostDisk,
     "The underlay": Underlay,
     "Networks": NetworkSpec,
     "Images": ImageSpec,
@@ -151,6 +153,8 @@ def told(default: Any) -> str:
         return f"`{format_size(default.size)}`"
     if isinstance(default, VcpuSpec):
         return f"`{default.count}`"
+    if type(default) is int and default >= 1 << 20:  # no field but a size has so large a default
+        return f"`{format_size(default)}`"
     if default in (None, "", [], {}) or isinstance(default, Part):
         return ""
     return f"`{str(default).lower()}`"

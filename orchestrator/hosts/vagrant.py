@@ -1,0 +1,358 @@
+"""Hosts of kind ``vagrant``: virtual machines of this machine, made by Vagrant and set up by Ansible.
+
+Vagrant creates, starts, halts and destroys them. What can be asked of libvirt is asked of libvirt, because each
+command of Vagrant takes seconds. Once a machine runs it is reached by SSH like any other host
+(:mod:`orchestrator.hosts.ssh`). The key by which its SSH server proves itself is learnt when a machine that we have
+just made answers for the first time, and is kept beside Vagrant's own files until the machine is destroyed.
+"""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import paramiko
+
+from orchestrator import names, paths
+from orchestrator.errors import CancelledError, HostError, HostKeyError, StateError, TakenError
+from orchestrator.hosts import accel, libvirtd, underlay
+from orchestrator.hosts.model import SshHost, VagrantHost
+from orchestrator.hosts.rpc import Progress, Stream
+from orchestrator.hosts.ssh import SshTransport
+from orchestrator.hosts.transport import HostFacts
+from orchestrator.hosts.vagrantcli import BOOT_SECONDS, Project
+from orchestrator.patience import Deadline, scaled
+from orchestrator.run import tail_of
+from orchestrator.spec.base import format_size
+from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
+
+BoxProvider = Callable[[Progress], str]
+USER = "vagrant"
+_NESTED = ("kvm_amd", "kvm_intel")
+
+
+def choose_driver(wanted: str) -> tuple[str, str]:
+    """libvirt's driver for a host, ``kvm`` or ``qemu``, and why, in words.
+
+    A host is there to run guests under its own KVM: this machine's KVM is taken where it can be nested, and else the
+    emulator, whose CPU has the virtualization extensions too.
+
+    :raise HostError: KVM is demanded and does not work here.
+    """
+    if wanted == "tcg":
+        return "qemu", "emulated, as the lab file says"
+    if wanted == "kvm":
+        accel.choose("kvm")
+        return "kvm", "under KVM, as the lab file says"
+    verdict = accel.probe()
+    if verdict.kind != "kvm":
+        return "qemu", f"emulated: {verdict.reason.partition(';')[0]}"
+    if not any(_reads(Path(f"/sys/module/{name}/parameters/nested"), "Y1") for name in _NESTED):
+        return "qemu", "emulated: KVM cannot be nested here (kvm_intel.nested=1 or kvm_amd.nested=1 would let it)"
+    return "kvm", "under KVM, which can be nested here"
+
+
+def _reads(file: Path, values: str) -> bool:
+    try:
+        return file.read_text().strip() in values
+    except OSError:
+        return False
+
+
+class VagrantTransport:
+    """A virtual machine of this machine."""
+
+    shares_files = False
+
+    def __init__(self, lab: ResolvedLab, host: ResolvedHost, box: BoxProvider) -> None:
+        """:param box: gives the name of the box for hosts that name none, building it where it must."""
+        if not isinstance(host.spec, VagrantHost):
+            raise TypeError(f"host {host.name} is of kind {host.spec.kind}")
+        self.lab = lab
+        self.host = host
+        self.spec = host.spec
+        self.project = Project(lab.lab)
+        self._box = box
+        self._mark = names.mark(lab.uid, "machine", host.name)
+        self._prefix = f"orc-{lab.lab}-"
+        self._ssh: SshTransport | None = None
+
+    # -- the machine ---------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        return self.project.machine(self.host.name)
+
+    def _domain(self, conn: libvirt.virConnect) -> libvirt.virDomain | None:
+        """The machine's domain.
+
+        :raise TakenError: a domain of its name is somebody else's.
+        """
+        machine = self.project.machine_id(self.host.name)
+        try:
+            if machine is not None:
+                return conn.lookupByUUIDString(machine)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise _refused(self.host.name, error) from error
+        return None
+
+    def _clear_remains(self, conn: libvirt.virConnect) -> None:
+        """Remove a domain and a disk that a Vagrant that was killed made and did not write down.
+
+        :raise TakenError: they are somebody else's.
+        """
+        name = f"{self._prefix}{self.host.name}"
+        try:
+            dom = conn.lookupByName(name)
+        except libvirt.libvirtError:
+            dom = None
+        if dom is not None:
+            if ET.fromstring(dom.XMLDesc()).findtext("description", "").strip() != self._mark:
+                raise TakenError(
+                    f"host {self.host.name}: a domain named {name} belongs to somebody else",
+                    hint=f"rename the lab or the host, or remove it: virsh -c {libvirtd.URI} undefine {name}",
+                )
+            if dom.isActive():
+                dom.destroy()
+            dom.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+        libvirtd.remove_volumes(f"{name}.img", f"{name}-vd")
+
+    def _running(self, conn: libvirt.virConnect) -> libvirt.virDomain | None:
+        dom = self._domain(conn)
+        return dom if dom is not None and dom.isActive() else None
+
+    def _description(self, box: str) -> dict[str, Any]:
+        driver, _ = choose_driver(self.spec.accel)
+        return {
+            "box": box,
+            "mark": self._mark,
+            "address": self.host.underlay,
+            "driver": driver,
+            "cpu_mode": "host-passthrough" if driver == "kvm" else "maximum",
+            "vcpus": self.spec.vcpus,
+            "memory": self.spec.memory >> 20,
+            "disks": [{"name": disk.name, "size": f"{disk.size >> 20}M"} for disk in self.spec.disks],
+            "console": str(self.console),
+        }
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "prefix": self._prefix,
+            "network": underlay.network_name(self.lab),
+            "netmask": str(IPv4Network(f"{self.host.underlay}/{self.lab.underlay_prefix}", strict=False).netmask),
+            "mtu": self.lab.underlay_mtu,
+        }
+
+    @property
+    def console(self) -> Path:
+        """What the machine writes to its serial port."""
+        return self.project.folder / f"{self.host.name}.console"
+
+    def _differences(self, dom: libvirt.virDomain) -> list[str]:
+        root = ET.fromstring(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+        vcpus = int(root.findtext("vcpu", "0"))
+        memory = int(root.findtext("memory", "0")) << 10
+        found = []
+        if vcpus != self.spec.vcpus:
+            found.append(f"vcpus: {vcpus} → {self.spec.vcpus}")
+        if memory != self.spec.memory:
+            found.append(f"memory: {format_size(memory)} → {format_size(self.spec.memory)}")
+        return found
+
+    # -- reaching it ---------------------------------------------------------------------------------------------
+
+    def _address(self, dom: libvirt.virDomain) -> str | None:
+        """The machine's address on Vagrant's own network."""
+        try:
+            found = dom.interfaceAddresses(libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE)
+        except libvirt.libvirtError as error:
+            raise _refused(self.host.name, error) from error
+        for interface in found.values():
+            for address in interface["addrs"] or ():
+                if address["type"] == libvirt.VIR_IP_ADDR_TYPE_IPV4:
+                    return str(address["addr"])
+        return None
+
+    def _connect(self, dom: libvirt.virDomain) -> SshTransport:
+        """:raise HostError: it has no address, or cannot be asked for its key."""
+        if self._ssh is None:
+            address = self._address(dom)
+            if address is None:
+                raise HostError(f"host {self.host.name} has no address yet", hint=f"its console: {self.console}")
+            key = self.folder / "private_key"
+            spec = SshHost(
+                kind="ssh",
+                address=address,
+                user=USER,
+                key=key if key.exists() else Path("~/.vagrant.d/insecure_private_key").expanduser(),
+                known_hosts=self._known_hosts(address),
+                libvirt="system",
+            )
+            self._ssh = SshTransport(self.lab, self.host.model_copy(update={"spec": spec}))
+        return self._ssh
+
+    def _known_hosts(self, address: str) -> Path:
+        """A known_hosts file with the machine's key, which is learnt when it is asked for the first time."""
+        learnt, known = self.folder / "host_key", self.folder / "known_hosts"
+        if not learnt.exists():
+            paths.write_atomic(learnt, _host_key(address))
+        line = f"{address} {learnt.read_text()}\n"
+        if not known.exists() or known.read_text() != line:
+            paths.write_atomic(known, line)
+        return known
+
+    def _inner(self) -> SshTransport:
+        if self._ssh is None:
+            conn = libvirtd.connect()
+            dom = self._running(conn) if conn is not None else None
+            if dom is None:
+                raise HostError(f"host {self.host.name} does not run", hint="orchestrator up")
+            self._connect(dom)
+            assert self._ssh is not None
+        return self._ssh
+
+    # -- the transport -------------------------------------------------------------------------------------------
+
+    def facts(self) -> HostFacts:
+        _need_root()
+        if self.host.name not in self.project.described():
+            return HostFacts()
+        conn = libvirtd.connect()
+        if conn is None:
+            return HostFacts(present=True, broken=True, problems=("this machine's libvirtd does not run",))
+        dom = self._domain(conn)
+        if dom is None or not dom.isActive():
+            problem = "the machine is off" if dom else "the machine is missing"
+            return HostFacts(present=True, broken=True, problems=(problem,))
+        problems = self._differences(dom)
+        try:
+            inner = self._connect(dom).facts()
+        except HostKeyError:
+            raise
+        except HostError as error:  # it starts, or hangs: `up` waits for it
+            return HostFacts(present=True, broken=True, problems=(error.message,))
+        broken = bool(inner.problems) and not inner.agent  # without the toolkit there can be no agent
+        return HostFacts(present=True, agent=inner.agent, problems=(*problems, *inner.problems), broken=broken)
+
+    def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
+        _need_root()
+        with libvirtd.session() as conn:
+            underlay.ensure(self.lab, conn)
+            if self._running(conn) is None:
+                self._start(conn, progress, cancel)
+            self._await(conn, progress, cancel)
+        self._inner().ensure(progress)
+
+    def _start(self, conn: libvirt.virConnect, progress: Progress, cancel: threading.Event | None) -> None:
+        described = self.project.described().get(self.host.name)
+        if self._domain(conn) is None:
+            self._clear_remains(conn)
+            box = self.spec.box or self._box(progress)
+        else:
+            box = described["box"] if described else self.spec.box or self._box(progress)
+        self.project.describe(self._common(), self.host.name, self._description(box))
+        progress(choose_driver(self.spec.accel)[1])
+        try:
+            self.project.up(self.host.name, progress, cancel)
+        except HostError as error:
+            if self.console.exists() and not error.tail:
+                error.tail = tuple(tail_of(self.console.read_bytes()))
+            raise
+
+    def _await(self, conn: libvirt.virConnect, progress: Progress, cancel: threading.Event | None) -> None:
+        """Wait until the machine answers to SSH.
+
+        :raise HostError: it does not, in the end.
+        """
+        deadline = Deadline(scaled(BOOT_SECONDS))
+        while True:
+            dom = self._running(conn)
+            try:
+                if dom is None:
+                    raise HostError(f"host {self.host.name} has stopped again")
+                self._connect(dom).check()
+                return
+            except HostKeyError:
+                raise
+            except HostError as error:
+                if dom is None or deadline.passed:
+                    if self.console.exists() and not error.tail:
+                        error.tail = tuple(tail_of(self.console.read_bytes()))
+                    raise
+            if cancel is not None and cancel.is_set():
+                raise CancelledError(f"host {self.host.name} was given up")
+            progress("waiting for it to answer")
+            self._ssh = None
+            time.sleep(1)
+
+    def start_agent(self) -> None:
+        self._inner().start_agent()
+
+    def remove(self, progress: Progress) -> None:
+        """Destroy the machine with its disks."""
+        _need_root()
+        self.close()
+        if not self.project.folder.exists():
+            return
+        with libvirtd.session() as conn:
+            if self._domain(conn) is not None:
+                self.project.destroy(self.host.name, progress)
+            self._clear_remains(conn)
+            self.project.describe(self._common(), self.host.name, None)
+            self.console.unlink(missing_ok=True)
+            underlay.remove(self.lab, conn)
+
+    def halt(self, progress: Progress) -> None:
+        """Power the machine off; it stays as it is."""
+        _need_root()
+        self.close()
+        with libvirtd.session() as conn:
+            if self._running(conn) is not None:
+                self.project.halt(self.host.name, progress)
+
+    def stream(self) -> Stream:
+        return self._inner().stream()
+
+    def close(self) -> None:
+        if self._ssh is not None:
+            self._ssh.close()
+            self._ssh = None
+
+
+def _refused(host: str, error: libvirt.libvirtError) -> HostError:
+    return HostError(f"host {host}: this machine's libvirtd refuses: {error.get_error_message()}")
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        raise StateError(
+            "hosts of kind vagrant are domains of this machine's libvirtd, which only root may change here",
+            hint="run the command with sudo",
+        )
+
+
+def _host_key(address: str) -> str:
+    """The key of an SSH server as in known_hosts: ``TYPE BASE64``."""
+    try:
+        with contextlib.closing(socket.create_connection((address, 22), 5)) as stream:
+            transport = paramiko.Transport(stream)
+            try:
+                transport.start_client(timeout=30)
+                key = transport.get_remote_server_key()
+            finally:
+                transport.close()
+    except (OSError, EOFError, paramiko.SSHException) as error:
+        raise HostError(f"{address} does not answer to SSH yet: {error}") from error
+    return f"{key.get_name()} {key.get_base64()}"
