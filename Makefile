@@ -26,12 +26,13 @@ unit: setup ## the tests that need no privileges
 integration: setup ## the tests with real guests on this machine
 	@$(RUN) .venv/bin/pytest tests/integration
 
-lint: setup ## ruff, mypy --strict, shellcheck, yamllint
+lint: setup ## ruff, mypy --strict, shellcheck, yamllint, ansible-lint
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@git ls-files | xargs grep -lE '^#!.*\b(ba)?sh\b' | xargs shellcheck
 	@.venv/bin/yamllint --strict .
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" ansible-lint --profile production --offline -q ansible
 
 format: setup ## format the Python code
 	@.venv/bin/ruff check --fix .
@@ -40,9 +41,9 @@ format: setup ## format the Python code
 lock: ## resolve the Python packages anew
 	@.ci/setup --lock
 
-nested: setup ## the tests on two virtual machines with their own KVM
-	@echo "make nested: there are no nested tests yet (tests/nested is empty): they come with the vagrant hosts" >&2
-	@exit 1
+nested: ## the tests on two virtual machines with their own KVM (KEEP=1 leaves them up, KEEP=0 never does)
+	@.ci/setup --nested
+	@KEEP=$(KEEP) $(RUN) .venv/bin/pytest tests/nested
 
 bench: bench-up ## all measurements against peers
 

@@ -16,13 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from orchestrator.errors import CancelledError, OrchestratorError
+from orchestrator.errors import CancelledError, ImageError, OrchestratorError
+from orchestrator.guests import migration
 from orchestrator.guests.domain import GuestImage
 from orchestrator.hosts.rpc import Client
 from orchestrator.hosts.transport import Transport, client
 from orchestrator.images import store
 from orchestrator.images.push import push
-from orchestrator.plan.operations import Impact, Operation, Plan
+from orchestrator.images.store import Image
+from orchestrator.plan.operations import MIGRATE, Impact, Operation, Plan
 from orchestrator.spec.resolved import ResolvedLab
 
 NEEDS_KEYS = frozenset({"guest.start", "guest.restart"})
@@ -50,12 +52,18 @@ class Outcome:
 
 
 class Executor:
-    """Carries out the operations of one lab. Connections to agents are made when first needed, and shared."""
+    """Carries out the operations of one lab. Connections to agents are made when first needed, and shared.
 
-    def __init__(self, lab: ResolvedLab, transports: Mapping[str, Transport], keys: list[str]) -> None:
+    :param bandwidth: MiB/s that a guest which moves may take; 0: no limit.
+    """
+
+    def __init__(
+        self, lab: ResolvedLab, transports: Mapping[str, Transport], keys: list[str], *, bandwidth: int = 0
+    ) -> None:
         self._lab = lab
         self._transports = transports
         self._keys = keys
+        self._bandwidth = bandwidth
         self._clients: dict[str, Client] = {}
         self._images: dict[tuple[str, str], GuestImage] = {}
         self._locks: dict[str, threading.Lock] = {}
@@ -91,20 +99,59 @@ class Executor:
         with self._lock_of(f"image {name} on {host}"):
             if (name, host) not in self._images:
                 image = store.ensure(name, self._lab.images.get(name), base=self._lab.file.parent, progress=progress)
-                if not self._transports[host].shares_files:
-                    transport = self._transports[host]
-                    image = push(self._client(host), lambda: client(transport), image, progress)
-                self._images[name, host] = GuestImage(
-                    id=image.id,
-                    kernel=str(image.kernel) if image.kernel else None,
-                    initrd=str(image.initrd) if image.initrd else None,
-                    disk=str(image.disk) if image.disk else None,
-                    disk_format=image.disk_format,
-                    cmdline=image.cmdline,
-                    cloud_init=image.cloud_init,
-                    ready=image.ready,
-                )
+                self._images[name, host] = self._bring(image, host, progress)
             return self._images[name, host]
+
+    def _bring(self, image: Image, host: str, progress: Callable[[str], None]) -> GuestImage:
+        transport = self._transports[host]
+        if not transport.shares_files:
+            image = push(self._client(host), lambda: client(transport), image, progress)
+        return GuestImage(
+            id=image.id,
+            kernel=str(image.kernel) if image.kernel else None,
+            initrd=str(image.initrd) if image.initrd else None,
+            disk=str(image.disk) if image.disk else None,
+            disk_format=image.disk_format,
+            cmdline=image.cmdline,
+            cloud_init=image.cloud_init,
+            ready=image.ready,
+        )
+
+    def _image_of(self, guest: str, image_id: str, host: str, progress: Callable[[str], None]) -> GuestImage:
+        """The image that a guest runs from, which need not be the one that it would be started from now.
+
+        :raise ImageError: it is no longer in the cache.
+        """
+        name = self._lab.guests[guest].image
+        known = store.find(name, self._lab.images.get(name), self._lab.file.parent)
+        if known is not None and known.id == image_id:
+            return self.image(name, host, progress)
+        for image in store.all_images():
+            if image.id == image_id:
+                with self._lock_of(f"image {name} on {host}"):
+                    return self._bring(image, host, progress)
+        raise ImageError(
+            f"guest {guest} runs from {image_id}, which is no longer in the cache",
+            hint="it can stay where it is; `orchestrator up --yes` makes it anew from the present image",
+        )
+
+    def _migrate(
+        self, operation: Operation, progress: Callable[[str], None], cancel: threading.Event
+    ) -> dict[str, Any]:
+        """Move a guest as it runs: a :class:`~orchestrator.guests.migration.Report` as JSON."""
+        guest, target = str(operation.params["guest"]), str(operation.params["target"])
+
+        def end(host: str) -> migration.End:
+            return migration.End(self._client(host), lambda: client(self._transports[host]))
+
+        wanted = migration.Wanted(
+            guest=guest,
+            address=self._lab.hosts[target].underlay,
+            image=self._image_of(guest, str(operation.params["image"]), target, progress),
+            bandwidth=self._bandwidth,
+            lose=tuple(operation.params["lose"]),
+        )
+        return migration.migrate(wanted, end(operation.host), end(target), progress, cancel).to_json()
 
     def carry_out(self, operation: Operation, progress: Callable[[str], None], cancel: threading.Event) -> Any:
         """What the agent's call returns.
@@ -114,7 +161,12 @@ class Executor:
         transport = self._transports.get(operation.host)
         if operation.method == "host.ensure":
             assert transport
-            transport.ensure(progress)
+            transport.ensure(progress, cancel)
+        elif operation.method == "host.halt":
+            assert transport
+            if connection := self._clients.pop(operation.host, None):
+                connection.close()
+            transport.halt(progress)
         elif operation.method == "host.remove":
             assert transport
             if connection := self._clients.pop(operation.host, None):
@@ -123,6 +175,8 @@ class Executor:
         elif operation.method == "image.ensure":
             name = operation.params["name"]
             store.ensure(name, self._lab.images.get(name), base=self._lab.file.parent, progress=progress)
+        elif operation.method == MIGRATE:
+            return self._migrate(operation, progress, cancel)
         else:
             params = dict(operation.params)
             if operation.image:
@@ -140,19 +194,28 @@ def apply(
     *,
     jobs: int,
     stop: Callable[[], bool] = lambda: False,
+    done: Callable[[Operation], None] = lambda _: None,
 ) -> Outcome:
     """Carry ``plan`` out with at most ``jobs`` operations at a time.
 
     :param stop: asked a few times a second; True gives up what is under way and rolls back what is half-made.
+    :param done: called, in this thread, with each operation that has ended well.
     """
-    return _Run(plan, executor, reporter, jobs, stop).run()
+    return _Run(plan, executor, reporter, jobs, stop, done).run()
 
 
 class _Run:
     def __init__(
-        self, plan: Plan, executor: Executor, reporter: Reporter, jobs: int, stop: Callable[[], bool]
+        self,
+        plan: Plan,
+        executor: Executor,
+        reporter: Reporter,
+        jobs: int,
+        stop: Callable[[], bool],
+        done: Callable[[Operation], None],
     ) -> None:
         self._stop = stop
+        self._done = done
         self._waiting = list(plan.operations)
         self._executor = executor
         self._reporter = reporter
@@ -225,6 +288,7 @@ class _Run:
             self._finished.add(operation.id)
             self._outcome.done.append(operation)
             self._outcome.results[operation.id] = future.result()
+            self._done(operation)
             return
         self._given_up.add(operation.id)
         if isinstance(error, CancelledError):
@@ -239,7 +303,7 @@ class _Run:
         unfinished = {
             operation.subject
             for operation in self._outcome.skipped
-            if operation.impact == Impact.CREATE and operation.undo
+            if (operation.impact == Impact.CREATE and operation.undo) or operation.method == MIGRATE
         }
         for operation in reversed(self._outcome.done):
             if operation.undo and operation.subject in unfinished:

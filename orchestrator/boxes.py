@@ -18,10 +18,9 @@ from typing import Any
 
 from orchestrator.errors import CommandError, ImageError
 from orchestrator.hosts import libvirtd, vagrantcli
-from orchestrator.images import disk, store
+from orchestrator.images import disk, labhost, store
 from orchestrator.images.recipe import Progress
 
-IMAGE = "labhost"
 PREFIX = "orchestrator/"
 VERSION = "1.0.0"  # Vagrant wants one; boxes are told apart by their names
 
@@ -52,7 +51,7 @@ def ensure(progress: Progress, *, refresh: bool = False) -> str:
     :param refresh: build it again, with the newest packages.
     :raise ImageError: it cannot be built, or Vagrant refuses it.
     """
-    image = store.ensure(IMAGE, None, base=Path.cwd(), progress=progress, refresh=refresh)
+    image = store.ensure(labhost.NAME, None, base=Path.cwd(), progress=progress, refresh=refresh)
     name = PREFIX + image.id
     try:
         with store.workspace(f"box-{image.id}", progress) as folder:
@@ -85,7 +84,7 @@ def _pack(image: store.Image, folder: Path) -> Path:
 
 def find() -> str | None:
     """Name of the box that :func:`ensure` would give without building anything."""
-    image = store.find(IMAGE, None, Path.cwd())
+    image = store.find(labhost.NAME, None, Path.cwd())
     return PREFIX + image.id if image else None
 
 
@@ -94,8 +93,8 @@ def all_boxes() -> list[Box]:
 
     :raise CommandError: Vagrant is missing or fails.
     """
-    known = {name for name in vagrantcli.list_boxes() if name.startswith(f"{PREFIX}{IMAGE}-")}
-    images = {PREFIX + image.id: image for image in store.all_images() if image.name == IMAGE}
+    known = {name for name in vagrantcli.list_boxes() if name.startswith(f"{PREFIX}{labhost.NAME}-")}
+    images = {PREFIX + image.id: image for image in store.all_images() if image.name == labhost.NAME}
     found = []
     for name in sorted({*known, *images}):
         image = images.get(name)

@@ -8,11 +8,14 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from orchestrator import paths
+from orchestrator.hosts.model import SshHost
+from orchestrator.plan.moves import whereabouts
 from orchestrator.plan.operations import ObservedLab, Plan
 from orchestrator.run import run
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab
@@ -26,7 +29,8 @@ class GraphFormat(StrEnum):
 
 
 def status(lab: ResolvedLab, observed: ObservedLab, plan: Plan) -> dict[str, Any]:
-    """What ``status`` shows. Sizes in bytes, ``since`` in seconds since the epoch."""
+    """What ``status`` shows. Sizes in bytes, ``since`` in seconds since the epoch. ``host`` is where a guest is,
+    ``home`` what the lab file says."""
     hosts = []
     for name, host in lab.hosts.items():
         seen = observed.hosts[name]
@@ -42,7 +46,8 @@ def status(lab: ResolvedLab, observed: ObservedLab, plan: Plan) -> dict[str, Any
             }
         )
     guests = []
-    known = {facts.name: facts for facts in observed.guests()}
+    places = whereabouts(observed)
+    known = {facts.name: facts for facts in (*places.unclear, *places.there)}
     for name, wish in lab.guests.items():
         facts = known.pop(name, None)
         addresses = [address for nic in wish.nics for address in nic.addresses]
@@ -55,6 +60,7 @@ def status(lab: ResolvedLab, observed: ObservedLab, plan: Plan) -> dict[str, Any
             {
                 "name": name,
                 "host": facts.host,
+                "home": wish.home,
                 "state": state,
                 "reason": facts.reason,
                 "ready": facts.ready,
@@ -80,6 +86,7 @@ def _guest(wish: ResolvedGuest, state: str) -> dict[str, Any]:
     return {
         "name": wish.name,
         "host": wish.host,
+        "home": wish.home,
         "state": state,
         "reason": "",
         "ready": False,
@@ -168,20 +175,39 @@ def _ssh_path(path: Path) -> str:
     return f'"{text}"' if " " in text else text
 
 
-def ssh_config(lab: ResolvedLab, state: LabState) -> str:
+def ssh_config(lab: ResolvedLab, state: LabState, hosts: Mapping[str, SshHost]) -> str:
+    """An ssh_config with every guest, and with ``hosts``; a guest goes before a host of the same name."""
     lines = []
     for guest in lab.guests.values():
         lines.append(f"Host {guest.name} {lab.lab}.{guest.name}")
         lines += [f"  {key} {value}" for key, value in ssh_arguments(guest, state).items()]
         lines.append("")
+    for name, spec in hosts.items():
+        lines.append(f"Host {name}")
+        lines += [f"  {key} {value}" for key, value in _host_arguments(spec).items()]
+        lines.append("")
     return "\n".join(lines)
 
 
-def inventory(lab: ResolvedLab, state: LabState) -> dict[str, Any]:
-    """An Ansible inventory: group ``lab_hosts`` and one group of guests per host."""
+def _host_arguments(spec: SshHost) -> dict[str, str]:
+    options = {"HostName": spec.address, "Port": str(spec.port), "User": spec.user}
+    if spec.key:
+        options |= {"IdentityFile": _ssh_path(spec.key.expanduser()), "IdentitiesOnly": "yes"}
+    if spec.known_hosts:
+        options["UserKnownHostsFile"] = _ssh_path(spec.known_hosts.expanduser())
+    if spec.jump:
+        options["ProxyJump"] = spec.jump
+    return options
+
+
+def inventory(lab: ResolvedLab, state: LabState, hosts: Mapping[str, SshHost]) -> dict[str, Any]:
+    """An Ansible inventory: group ``lab_hosts`` and one group of guests per host.
+
+    :param hosts: how those hosts that are reached by SSH are reached.
+    """
     groups: dict[str, Any] = {"lab_hosts": {"hosts": {}}, "guests": {"children": {}}}
-    for name, host in lab.hosts.items():
-        groups["lab_hosts"]["hosts"][name] = _host_variables(host.spec)
+    for name in lab.hosts:
+        groups["lab_hosts"]["hosts"][name] = _host_variables(hosts.get(name))
         members = {}
         for guest in lab.guests_of(name):
             options = ssh_arguments(guest, state)
@@ -197,12 +223,17 @@ def inventory(lab: ResolvedLab, state: LabState) -> dict[str, Any]:
     return {"all": {"children": groups}}
 
 
-def _host_variables(spec: Any) -> dict[str, Any]:
-    if spec.kind == "local":
+def _host_variables(spec: SshHost | None) -> dict[str, Any]:
+    if spec is None:
         return {"ansible_connection": "local"}
     found: dict[str, Any] = {"ansible_host": spec.address, "ansible_port": spec.port, "ansible_user": spec.user}
     if spec.key:
-        found["ansible_ssh_private_key_file"] = str(spec.key)
-    if spec.jump:
-        found["ansible_ssh_common_args"] = f"-J {spec.jump}"
+        found["ansible_ssh_private_key_file"] = str(spec.key.expanduser())
+    more = [
+        f"-o {key}={shlex.quote(value)}"
+        for key, value in _host_arguments(spec).items()
+        if key in ("UserKnownHostsFile", "ProxyJump")
+    ]
+    if more:
+        found["ansible_ssh_common_args"] = " ".join(more)
     return found

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+pytest.register_assert_rewrite("tests.guest_use")
+
 ORCHESTRATOR = [sys.executable, "-m", "orchestrator"]
 SECONDS = 240
 
@@ -76,6 +78,7 @@ class Sandbox:
 
     folder: Path
     env: dict[str, str]
+    seconds: float = SECONDS
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def file(self, text: str, name: str = "lab.yaml") -> Path:
@@ -107,7 +110,7 @@ class Sandbox:
             input=feed,
             stdin=subprocess.DEVNULL if feed is None else None,
             capture_output=True,
-            timeout=SECONDS,
+            timeout=self.seconds,
             check=False,
         )
         if status is not None:

@@ -1,4 +1,4 @@
-"""The commands for one guest: console, exec, ssh, logs, snapshots and its power."""
+"""The commands for one guest: console, exec, ssh, logs, snapshots, its power and its place."""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -25,6 +25,7 @@ from orchestrator import render
 from orchestrator.agent.connect import carry
 from orchestrator.apply import Executor
 from orchestrator.cli import output
+from orchestrator.cli.migrate import migrate
 from orchestrator.cli.output import Format
 from orchestrator.cli.session import (
     FileOption,
@@ -43,6 +44,7 @@ from orchestrator.spec.base import format_size
 ESCAPE = b"\x1d"  # Ctrl-]
 
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait.")]
+guest_app = typer.Typer(help="The same as without the word `guest`.", no_args_is_help=True)
 snapshot_app = typer.Typer(help="Save a guest's memory and disks, and go back to them.", no_args_is_help=True)
 
 
@@ -50,8 +52,10 @@ def register(app: typer.Typer) -> None:
     app.command()(console)
     app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(execute)
     app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(ssh)
-    for command in (connect, logs, events, pause, resume, start, stop, restart):
+    for command in (connect, logs, events, pause, resume, start, stop, restart, migrate):
         app.command()(command)
+    guest_app.command()(migrate)
+    app.add_typer(guest_app, name="guest", hidden=True)
     snapshot_app.command("save")(snapshot_save)
     snapshot_app.command("restore")(snapshot_restore)
     snapshot_app.command("list")(snapshot_list)

@@ -1,4 +1,4 @@
-"""``host``: what the hosts of a lab are and can do."""
+"""``host``: what the hosts of a lab are and can do, and how machines become hosts."""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
-from orchestrator.cli import output, tools
+from orchestrator.cli import hostsnapshot, output, provision, tools
 from orchestrator.cli.output import Format
 from orchestrator.cli.session import (
     FileOption,
@@ -28,13 +28,15 @@ from orchestrator.errors import HostError, OrchestratorError, StateError, TakenE
 from orchestrator.hosts.transport import Transport, client
 from orchestrator.spec.resolved import ResolvedHost
 
-app = typer.Typer(help="Show what the hosts of a lab are and can do.", no_args_is_help=True)
+app = typer.Typer(help="Show what the hosts of a lab are and can do, and prepare them.", no_args_is_help=True)
 
 
 def register(parent: typer.Typer) -> None:
     app.command("list")(list_hosts)
     app.command()(facts)
     app.command()(doctor)
+    app.command()(provision.provision)
+    hostsnapshot.register(app)
     parent.add_typer(app, name="host")
 
 

@@ -8,8 +8,8 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -35,9 +35,10 @@ from orchestrator.errors import (
     StateError,
 )
 from orchestrator.guests.control import CONTENTS_REMOVED
+from orchestrator.plan import power
 from orchestrator.plan.build import build, build_removal
 from orchestrator.plan.observe import observe
-from orchestrator.plan.operations import Impact, Plan
+from orchestrator.plan.operations import MIGRATE, Impact, Operation, Plan
 from orchestrator.spec.resolved import ResolvedLab
 from orchestrator.state import LabState
 
@@ -94,6 +95,7 @@ def plan(
         show_plan(made)
     else:
         output.note(f"lab {lab.lab} is as its file says")
+    _say_where_moved(lab)
     if made.unreachable:
         raise typer.Exit(HostError.exit_code)
     if exit_code and made:
@@ -138,18 +140,23 @@ class _Interrupts:
         return answer.strip().lower() in ("y", "yes")
 
 
-def _carry_out(made: Plan, lab: ResolvedLab, state: LabState, hosts: dict[str, Any], jobs: int) -> Outcome:
-    executor = Executor(lab, hosts, [state.public_key()])
+def carry_out(
+    made: Plan,
+    executor: Executor,
+    jobs: int = DEFAULT_JOBS,
+    done: Callable[[Operation], None] = lambda _: None,
+) -> Outcome:
+    """Carry a plan out, and show how it goes."""
     try:
         with Progress() as progress:
             interrupts = _Interrupts(progress)
             with interrupts.watching():
-                return apply(made, executor, progress, jobs=jobs, stop=interrupts.stop)
+                return apply(made, executor, progress, jobs=jobs, stop=interrupts.stop, done=done)
     finally:
         executor.close()
 
 
-def _conclude(outcome: Outcome, made: Plan) -> None:
+def conclude(outcome: Outcome, made: Plan) -> None:
     """Say what went wrong, if anything.
 
     :raise OrchestratorError: with the exit status that the command ends with.
@@ -204,22 +211,52 @@ def up(
     lab, state = wished(file)
     with state.lock(), transports(before := _with_former(lab, state.load())) as hosts:
         refuse_other_file(state, lab, take_over)
-        made = build(lab, observe(lab, hosts.values(), settle=True))
+        made = build(lab, observe(lab, hosts.values(), holder=output.step))
         if not made and not made.unreachable:
             state.save(lab)
             output.note(f"lab {lab.lab} is as its file says: nothing to do ({time.monotonic() - began:.1f} s)")
             return
-        _confirm(made, yes)
-        state.save(before)
-        outcome = _carry_out(made, lab, state, hosts, jobs)
+        confirm(made, yes)
+        moving = Moving(before, made, state)
+        state.save(moving.lab)
+        outcome = carry_out(made, Executor(lab, hosts, [state.public_key()]), jobs, moving.done)
         cleared = {operation.host for operation in outcome.done if operation.method == "host.remove"}
         former = {name: host for name, host in before.former_hosts.items() if name not in cleared}
-        state.save(lab.model_copy(update={"former_hosts": former}))
+        state.save(moving.lab.model_copy(update={"former_hosts": former}))
         _say_without_kvm(outcome)
-        _conclude(outcome, made)
+        conclude(outcome, made)
     output.note(
         f"lab {lab.lab} is up: {len(lab.guests)} guests on {len(lab.hosts)} hosts ({time.monotonic() - began:.1f} s)"
     )
+
+
+class Moving:
+    """Keeps the state true while guests move: each is where it was until it has moved, so that other commands find
+    it, and so that the next ``up`` goes on should this one be killed.
+
+    :ivar lab: the lab as wished, with each guest where it is.
+    """
+
+    def __init__(self, lab: ResolvedLab, made: Plan, state: LabState) -> None:
+        self.lab, self._after, self._state = lab, lab, state
+        for operation in made.operations:
+            if operation.method == MIGRATE:
+                guest = lab.guests[str(operation.params["guest"])]
+                # As if the file had said so: what it says now is then another host, and wins.
+                self.lab = self.lab.with_guest(
+                    guest.model_copy(update={"host": operation.host, "home": operation.host})
+                )
+
+    def done(self, operation: Operation) -> None:
+        if operation.method == MIGRATE:
+            self.lab = self.lab.with_guest(self._after.guests[str(operation.params["guest"])])
+            self._state.save(self.lab)
+
+
+def _say_where_moved(lab: ResolvedLab) -> None:
+    for guest in lab.guests.values():
+        if guest.host != guest.home:
+            output.note(f"guest {guest.name} was moved to {guest.host}; the file says {guest.home}")
 
 
 def _with_former(lab: ResolvedLab, before: ResolvedLab | None) -> ResolvedLab:
@@ -231,7 +268,7 @@ def _with_former(lab: ResolvedLab, before: ResolvedLab | None) -> ResolvedLab:
     return lab.model_copy(update={"former_hosts": gone})
 
 
-def _confirm(made: Plan, yes: bool) -> None:
+def confirm(made: Plan, yes: bool) -> None:
     """:raise StateError: contents would be lost, and nobody said yes."""
     losing = [
         operation
@@ -254,8 +291,14 @@ def down(
     forget: Annotated[
         bool, typer.Option("--forget", help="Forget the lab even where a host does not answer.")
     ] = False,
+    halt: Annotated[
+        bool, typer.Option("--halt", help="Only shut guests down and power Vagrant hosts off; all of it stays.")
+    ] = False,
 ) -> None:
-    """Remove everything that belongs to the lab, and nothing else. Images stay in the cache."""
+    """Remove everything that belongs to the lab, and nothing else. Images stay in the cache.
+
+    Hosts of kind vagrant are destroyed; with --halt nothing is removed, and the next [bold]up[/] starts it all again.
+    """
     began = time.monotonic()
     try:
         lab, state = current(file, lab_name)
@@ -264,14 +307,20 @@ def down(
             raise
         lab, state = wished(file)  # nothing is remembered: look whether something is there all the same
     with state.lock(), transports(lab) as hosts:
-        made = build_removal(lab, observe(lab, hosts.values(), settle=True))
+        observed = observe(lab, hosts.values(), holder=output.step)
+        if halt:
+            made = power.halt(lab, observed)
+            conclude(carry_out(made, Executor(lab, hosts, []), jobs), made)
+            output.note(f"lab {lab.lab} is off ({time.monotonic() - began:.1f} s): `orchestrator up` starts it again")
+            return
+        made = build_removal(lab, observed)
         if made:
-            outcome = _carry_out(made, lab, state, hosts, jobs)
+            outcome = carry_out(made, Executor(lab, hosts, [state.public_key()]), jobs)
             if not outcome.failed and not outcome.cancelled and (forget or not made.unreachable):
                 state.remove()
-            _conclude(outcome, made if not forget else Plan(()))
+            conclude(outcome, made if not forget else Plan(()))
         elif made.unreachable and not forget:
-            _conclude(Outcome(), made)
+            conclude(Outcome(), made)
         else:
             state.remove()
     output.note(f"lab {lab.lab} is down ({time.monotonic() - began:.1f} s)")

@@ -18,6 +18,7 @@ from orchestrator.cli import output
 from orchestrator.cli.output import Format
 from orchestrator.cli.session import FileOption, GuestSession, LabOption, OutputOption, current, transports, wished
 from orchestrator.errors import HostError, NotFoundError
+from orchestrator.hosts.opening import reached_by_ssh
 from orchestrator.hosts.transport import client
 from orchestrator.plan.build import build
 from orchestrator.plan.observe import observe
@@ -61,7 +62,7 @@ def _tables(lab: ResolvedLab, data: dict[str, Any]) -> RenderableType:
         [
             [
                 guest["name"],
-                guest["host"],
+                guest["host"] if guest["host"] == guest["home"] else f"{guest['host']} (file: {guest['home']})",
                 _colored(guest["state"]),
                 str(guest["vcpus"]),
                 format_size(guest["memory"]),
@@ -209,13 +210,13 @@ def graph(
 def inventory(file: FileOption = None, lab_name: LabOption = None) -> None:
     """Print an Ansible inventory (YAML) of the lab's hosts and guests."""
     lab, state = current(file, lab_name)
-    output.data(render.inventory(lab, state), Format.YAML)
+    output.data(render.inventory(lab, state, reached_by_ssh(lab)), Format.YAML)
 
 
 def ssh_config(file: FileOption = None, lab_name: LabOption = None) -> None:
-    """Print an ssh_config by which [bold]ssh GUEST[/] reaches the guests.
+    """Print an ssh_config by which [bold]ssh NAME[/] reaches the guests, and hosts that are machines of their own.
 
-    Use it with: ssh -F <(orchestrator ssh-config) GUEST
+    Use it with: ssh -F <(orchestrator ssh-config) NAME
     """
     lab, state = current(file, lab_name)
-    output.stdout.print(render.ssh_config(lab, state), markup=False)
+    output.stdout.print(render.ssh_config(lab, state, reached_by_ssh(lab)), markup=False)

@@ -27,6 +27,10 @@ NAMESPACE = "urn:orchestrator:guest:1"
 _TAG = f"{{{NAMESPACE}}}guest"
 ROOT_DISK = "root"
 SEED_DISK = "seed"
+CONSOLE_LOG = "console.log"
+MIGRATING = "migrating"
+"""Reason of a guest that is paused because it is just moving to another host, or from one."""
+_FOREIGN_NAMESPACES = {"qemu": "http://libvirt.org/schemas/domain/qemu/1.0"}  # what `xml:` may have brought in
 _UNITS = {"b": 1, "bytes": 1, "KiB": 1 << 10, "k": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -56,7 +60,8 @@ class Identity:
 @dataclass
 class GuestFacts:
     """What is observed of one guest. Sizes are bytes; ``memory_total`` is what is plugged in,
-    ``memory`` what the balloon leaves to the guest."""
+    ``memory`` what the balloon leaves to the guest. ``arriving_from`` names the host that a migration which was not
+    brought to its end comes from: the guest is here only if it is no longer there."""
 
     name: str
     host: str
@@ -73,6 +78,8 @@ class GuestFacts:
     disks: list[str] = field(default_factory=list)
     tail: list[str] = field(default_factory=list)
     since: float | None = None
+    snapshots: list[str] = field(default_factory=list)
+    arriving_from: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -122,7 +129,9 @@ def _disks(guest: ResolvedGuest, image: GuestImage, folder: Path) -> list[str]:
     found = []
     index = {"virtio": 0, "scsi": 0}
     if image.disk:
-        found.append(disk_xml(folder / "root.qcow2", ROOT_DISK, "virtio", disk_target(ROOT_DISK, "virtio", 0)))
+        found.append(
+            disk_xml(folder / file_name(ROOT_DISK), ROOT_DISK, "virtio", disk_target(ROOT_DISK, "virtio", 0))
+        )
         index["virtio"] += 1
     for disk in guest.disks:
         target = disk_target(disk.name, disk.bus, index[disk.bus])
@@ -131,12 +140,17 @@ def _disks(guest: ResolvedGuest, image: GuestImage, folder: Path) -> list[str]:
     if image.cloud_init:
         bus = "sata" if guest.machine == "q35" else "ide"
         target = "sdz" if bus == "sata" else "hdd"
-        found.append(disk_xml(folder / "seed.iso", SEED_DISK, bus, target, "raw", "cdrom"))
+        found.append(disk_xml(folder / file_name(SEED_DISK), SEED_DISK, bus, target, "raw", "cdrom"))
     return found
 
 
 def disk_file(folder: Path, disk: ResolvedDisk) -> Path:
-    return folder / f"disk-{disk.name}.qcow2"
+    return folder / file_name(disk.name)
+
+
+def file_name(serial: str) -> str:
+    """The file of the disk with that serial number, in its guest's folder."""
+    return {ROOT_DISK: "root.qcow2", SEED_DISK: "seed.iso"}.get(serial, f"disk-{serial}.qcow2")
 
 
 def render(
@@ -169,7 +183,7 @@ def render(
             kernel=image.kernel,
             initrd=image.initrd,
             cmdline=cmdline,
-            console_log=str(folder / "console.log"),
+            console_log=str(folder / CONSOLE_LOG),
             pcie_ports=devices + guest.hotplug_slots,
             disks=[Markup(disk) for disk in disks],
             interface=lambda nic: Markup(interface_xml(nic)),
@@ -182,11 +196,42 @@ def payload(guest: ResolvedGuest, image_id: str, ready: str) -> str:
     return json.dumps({"guest": guest.model_dump(mode="json"), "image": image_id, "ready": ready}, sort_keys=True)
 
 
-def metadata_xml(guest: ResolvedGuest, image: GuestImage, identity: Identity) -> str:
+def metadata_xml(guest: ResolvedGuest, image_id: str, ready: str, identity: Identity) -> str:
     """The metadata element on its own, for changing it while the guest runs."""
     element = ET.Element("guest", lab=identity.lab, uid=identity.uid, name=guest.name, host=guest.host)
-    element.text = payload(guest, image.id, guest.ready or image.ready)
+    element.text = payload(guest, image_id, ready)
     return ET.tostring(element, encoding="unicode")
+
+
+def relocate(xml: str, *, host: str, emulator: str, folder: Path, image: GuestImage) -> str:
+    """The XML of a guest as it is on another host: with that host's name and files, and nothing else changed, because
+    the machine that it describes is running.
+
+    :param folder: the guest's folder there.
+    :param image: the files of its image there.
+    """
+    for prefix, namespace in {"orchestrator": NAMESPACE, **_FOREIGN_NAMESPACES}.items():
+        ET.register_namespace(prefix, namespace)
+    root = ET.fromstring(xml)
+    mark = root.find(f"metadata/{_TAG}")
+    if mark is None:
+        raise GuestError(f"domain {root.findtext('name')} carries no mark of ours")
+    data = json.loads(mark.text or "{}")
+    data["guest"]["host"] = mark.attrib["host"] = host
+    mark.text = json.dumps(data, sort_keys=True)
+    for path, file in (("devices/emulator", emulator), ("os/kernel", image.kernel), ("os/initrd", image.initrd)):
+        element = root.find(path)
+        if element is not None and file is not None:
+            element.text = file
+    for disk in root.findall("devices/disk"):
+        source, serial = disk.find("source"), disk.findtext("serial")
+        if source is not None and serial:
+            source.set("file", str(folder / file_name(serial)))
+        for chain in disk.findall("backingStore"):  # libvirt finds it out again
+            disk.remove(chain)
+    for log in (*root.findall("devices/serial/log"), *root.findall("devices/console/log")):
+        log.set("file", str(folder / CONSOLE_LOG))
+    return ET.tostring(root, encoding="unicode")
 
 
 def _bytes(element: ET.Element | None) -> int:

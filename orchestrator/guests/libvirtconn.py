@@ -7,7 +7,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import libvirt
 
 from orchestrator.errors import GuestError, HostError
-from orchestrator.patience import Deadline
+from orchestrator.patience import Deadline, scaled
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +49,10 @@ _LIFECYCLE = {
 }
 
 
+RETURN_SECONDS = 30.0
+RETRY_SECONDS = 0.5
+
+
 class Event(dict[str, Any]):
     """``{"seq", "time", "guest", "event", "detail"}``."""
 
@@ -69,6 +72,8 @@ def libvirt_errors(what: str, hint: str | None = None) -> Iterator[None]:
 class Libvirt:
     """One connection, an event loop in a thread of its own, and the recent events.
 
+    A daemon that goes away and comes back is connected to again, and its events go on: guests outlive it.
+
     :param uri: for example ``qemu:///embed?root=DIR``.
     :param name_of: domain's name → guest's name, or None for a domain that is not ours.
     :raise HostError: libvirt cannot be opened.
@@ -83,15 +88,41 @@ class Libvirt:
         self._events: collections.deque[Event] = collections.deque(maxlen=2000)
         self._sequence = 0
         self._version = 0  # moves with every event and poke, so that none is missed between a look and a wait
+        self._uri = uri
+        self._reopening = threading.Lock()
+        self._return: Deadline | None = None  # one for all who wait, so that no call waits twice
         try:
-            self.conn = libvirt.open(uri)
+            self._conn = self._open()
         except libvirt.libvirtError as error:
             raise HostError(
                 f"libvirt cannot be opened at {uri}: {error.get_error_message()}",
                 hint="`orchestrator doctor` tells what is missing",
             ) from error
-        self.conn.registerCloseCallback(lambda *_: os._exit(1), None)  # a daemon that ended: begin anew
-        register = self.conn.domainEventRegisterAny
+
+    @property
+    def conn(self) -> libvirt.virConnect:
+        """The connection. While the daemon is away, waits for its return.
+
+        :raise HostError: it does not come back.
+        """
+        with self._changed:
+            deadline = self._return or Deadline(scaled(RETURN_SECONDS))
+            if not self._changed.wait_for(lambda: self.alive, deadline.left):
+                raise HostError(
+                    f"libvirt at {self._uri} ended and has not come back within {deadline.seconds:.0f} s",
+                    hint="start the host's libvirtd; guests run on without it",
+                )
+            return self._conn
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._conn.isAlive())
+
+    def _open(self) -> libvirt.virConnect:
+        """:raise libvirtError: libvirt does not answer, or ends just now."""
+        conn = libvirt.open(self._uri)
+        conn.registerCloseCallback(self._on_close, None)
+        register = conn.domainEventRegisterAny
         register(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None)
         register(None, libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, self._on_agent, None)
         register(None, libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, self._on_device("device removed"), None)
@@ -99,6 +130,22 @@ class Libvirt:
         register(None, libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, self._on_device("device kept"), None)
         register(None, libvirt.VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE, self._on_balloon, None)
         register(None, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, lambda _c, dom, _o: self._note(dom, "rebooted", ""), None)
+        return conn
+
+    def _on_close(self, _conn: Any, _reason: int, _opaque: Any) -> None:
+        threading.Thread(target=self._reopen, name="libvirt returns", daemon=True).start()  # not in the event loop
+
+    def _reopen(self) -> None:
+        log.warning("libvirt at %s has gone: waiting for it", self._uri)
+        with self._reopening:
+            self._return = Deadline(scaled(RETURN_SECONDS))
+            while not self.alive:  # the new one may end, too, before it is watched
+                try:
+                    self._conn = self._open()
+                except libvirt.libvirtError:
+                    time.sleep(RETRY_SECONDS)  # nothing tells when a daemon listens again
+            self._return = None
+        self.poke()
 
     @staticmethod
     def _loop() -> None:

@@ -8,13 +8,9 @@ One lock per guest: two calls on one guest follow each other, calls on different
 from __future__ import annotations
 
 import base64
-import contextlib
 import logging
-import os
-import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +19,11 @@ import libvirt
 
 from orchestrator.errors import GuestError, NotFoundError, OrchestratorError, StateError
 from orchestrator.guests import consolelog, domain, qga, snapshots
+from orchestrator.guests.base import Guests
 from orchestrator.guests.consolelog import Consoles
-from orchestrator.guests.domain import DomainView, GuestFacts, GuestImage, Identity
+from orchestrator.guests.domain import MIGRATING, DomainView, GuestFacts, GuestImage, Identity
 from orchestrator.guests.libvirtconn import OFF_REASONS, STATES, Libvirt, libvirt_errors
+from orchestrator.guests.migrationservice import MigrationService
 from orchestrator.hosts import accel
 from orchestrator.hosts.rpc import Call, Server, Stream
 from orchestrator.images import disk, seed
@@ -66,19 +64,14 @@ done
 """
 
 
-class GuestService:
+class GuestService(Guests):
     """The guests of one lab on one host."""
 
     def __init__(self, identity: Identity, uri: str, state_dir: Path, domain_prefix: str) -> None:
-        self.identity = identity
-        self._prefix = domain_prefix
-        self._folder = state_dir / "guests"
-        self._views: dict[str, str | None] = {}
+        super().__init__(identity, state_dir, domain_prefix)
         self.libvirt = Libvirt(uri, self._name_of)
-        self._locks: dict[str, threading.Lock] = {}
-        self._locks_lock = threading.Lock()
         self._consoles = Consoles()
-        self._since: dict[str, float] = {}
+        self.migrations = MigrationService(self, uri)
 
     def register(self, server: Server) -> None:
         for handler in (
@@ -89,6 +82,7 @@ class GuestService:
             self.stop,
             self.restart,
             self.update,
+            self.unplug,
             self.remove,
             self.pause,
             self.resume,
@@ -103,71 +97,7 @@ class GuestService:
             server.register(f"guest.{handler.__name__}", handler)
         server.register_stream("guest.console", self.console)
         server.register_stream("guest.log", self.log)
-
-    # -- finding things ------------------------------------------------------------------------------------------
-
-    def _name_of(self, dom: libvirt.virDomain) -> str | None:
-        """Guest's name of one of our domains. Remembered, as an event may come when the domain has gone."""
-        name = dom.name()
-        if name not in self._views:
-            try:
-                view = domain.parse(dom.XMLDesc())
-            except (libvirt.libvirtError, GuestError):
-                return None
-            self._views[name] = view.name if view and view.identity.uid == self.identity.uid else None
-        return self._views[name]
-
-    def _domain_name(self, guest: str) -> str:
-        return f"{self._prefix}{guest}"
-
-    def folder(self, guest: str) -> Path:
-        return self._folder / guest
-
-    def console_log(self, guest: str) -> Path:
-        return self.folder(guest) / "console.log"
-
-    def _started(self, guest: str) -> Path:
-        """A file that was last changed when the guest was last started."""
-        return self.folder(guest) / "started"
-
-    def _ready(self, guest: str) -> Path:
-        """A file that is there when the guest has been ready since its start."""
-        return self.folder(guest) / "ready"
-
-    @contextlib.contextmanager
-    def _locked(self, guest: str) -> Iterator[None]:
-        with self._locks_lock:
-            lock = self._locks.setdefault(guest, threading.Lock())
-        with lock:
-            yield
-
-    def _find(self, guest: str) -> tuple[libvirt.virDomain, DomainView] | None:
-        """:raise StateError: a domain of that name is not ours."""
-        try:
-            dom = self.libvirt.conn.lookupByName(self._domain_name(guest))
-            view = domain.parse(dom.XMLDesc())
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                return None
-            raise GuestError(f"guest {guest}: {error.get_error_message()}") from error
-        if view is None or view.identity.uid != self.identity.uid:
-            raise StateError(
-                f"a domain named {self._domain_name(guest)} is there and is not of this lab",
-                hint="rename the guest, or remove that domain with virsh",
-            )
-        return dom, view
-
-    def _get(self, guest: str) -> tuple[libvirt.virDomain, DomainView]:
-        found = self._find(guest)
-        if found is None:
-            raise NotFoundError(f"there is no guest {guest} on host {self.identity.host}", hint="`orchestrator up`")
-        return found
-
-    def _running(self, guest: str) -> tuple[libvirt.virDomain, DomainView]:
-        dom, view = self._get(guest)
-        if not dom.isActive():
-            raise StateError(f"guest {guest} is not running", hint=f"orchestrator start {guest}")
-        return dom, view
+        self.migrations.register(server)
 
     # -- facts ---------------------------------------------------------------------------------------------------
 
@@ -199,14 +129,16 @@ class GuestService:
         deadline = Deadline(scaled(SETTLE_SECONDS))
         with self._locks_lock:
             locks = dict(self._locks)
-        for guest, lock in locks.items():
-            if not lock.acquire(timeout=deadline.left):
-                raise GuestError(f"guest {guest}: an earlier command still works on it", hint="try again in a minute")
-            lock.release()
+        for guest in locks:
+            with self.locked(guest, deadline.left):
+                pass
+        self.migrations.sweep()
 
     def _facts(self, view: DomainView, state: int, reason: int) -> GuestFacts:
         word = STATES.get(state, "unknown")
         why = OFF_REASONS.get(reason, "") if word == "off" else ""
+        if word == "paused" and reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
+            why = MIGRATING
         console = self.console_log(view.name)
         panicked = consolelog.panic(console) if word in ("running", "off", "crashed") else None
         if why in ("crashed", "lost", "failed") or (panicked and word == "off"):
@@ -218,7 +150,7 @@ class GuestService:
             host=self.identity.host,
             state=word,
             reason=why,
-            ready=word == "running" and self._is_ready(view, view.ready),
+            ready=word == "running" and self.is_ready(view, view.ready),
             wish=view.wish,
             image=view.image,
             accel=view.accel,
@@ -228,18 +160,10 @@ class GuestService:
             nics=view.nics,
             disks=[serial for serial in view.disks if serial not in (domain.ROOT_DISK, domain.SEED_DISK)],
             tail=consolelog.tail(console) if word == "crashed" else [],
-            since=_modified(self._started(view.name)) if word == "running" else None,
+            since=_modified(self.started(view.name)) if word == "running" else None,
+            snapshots=[snapshot.name for snapshot in snapshots.list_all(self.folder(view.name))],
+            arriving_from=self.arriving_from(view.name),
         )
-
-    def _is_ready(self, view: DomainView, ready: str) -> bool:
-        if ready == "agent":
-            return view.agent_connected
-        if self._ready(view.name).exists():
-            return True
-        if ready.startswith("console:"):
-            raw = consolelog.tail_bytes(self.console_log(view.name))
-            return re.search(ready.removeprefix("console:"), "\n".join(consolelog.clean(raw))) is not None
-        return True
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -255,20 +179,20 @@ class GuestService:
         """
         wish, files = ResolvedGuest.model_validate(guest), GuestImage(**image)
         call.on_cancel(self.libvirt.poke)
-        with self._locked(wish.name):
-            was_there = self._find(wish.name) is not None
+        with self.locked(wish.name):
+            was_there = self.find(wish.name) is not None
             had_files = self.folder(wish.name).exists()  # a reboot takes the domain and leaves the disks
             try:
                 return self._start(call, wish, files, keys, fresh)
             except OrchestratorError:
                 if call.cancelled and not was_there:
-                    self._remove(wish.name, keep_disks=had_files)
+                    self.erase(wish.name, keep_disks=had_files)
                 raise
 
     def _start(
         self, call: Call, wish: ResolvedGuest, image: GuestImage, keys: Sequence[str], fresh: bool
     ) -> str | None:
-        found = self._find(wish.name)
+        found = self.find(wish.name)
         if not (found and found[0].isActive()):
             call.progress("preparing")
             dom = self._define(wish, image, keys, fresh)
@@ -277,8 +201,8 @@ class GuestService:
             consolelog.rotate(self.console_log(wish.name))
             with libvirt_errors(f"guest {wish.name} does not start", hint="`orchestrator doctor` tells more"):
                 dom.create()
-            self._started(wish.name).touch()
-            self._ready(wish.name).unlink(missing_ok=True)
+            self.started(wish.name).touch()
+            self.ready(wish.name).unlink(missing_ok=True)
         self._wait(call, wish, image)
         chosen, reason = accel.choose(wish.accel, wish.emulator or accel.DEFAULT_EMULATOR)
         return reason if wish.accel == "auto" and chosen != "kvm" else None
@@ -295,12 +219,12 @@ class GuestService:
                 f"guest {wish.name}: {wish.emulator or accel.DEFAULT_EMULATOR} is not there",
                 hint="install QEMU (Debian and Ubuntu: qemu-system-x86), or set `emulator:`",
             )
-        self._check_fits(wish)
+        self.check_fits(wish.name, wish.memory)
         xml = domain.render(
             wish,
             image,
             self.identity,
-            domain_name=self._domain_name(wish.name),
+            domain_name=self.domain_name(wish.name),
             accel=accelerator,
             emulator=emulator,
             folder=folder,
@@ -309,24 +233,11 @@ class GuestService:
         with libvirt_errors(f"guest {wish.name}: libvirt refuses its definition", hint="see `orchestrator inspect`"):
             return self.libvirt.conn.defineXML(xml)
 
-    def _check_fits(self, wish: ResolvedGuest) -> None:
-        available = next(
-            int(line.split()[1]) << 10
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if line.startswith("MemAvailable:")
-        )
-        if wish.memory > available:
-            raise GuestError(
-                f"guest {wish.name} wants {format_size(wish.memory)}, "
-                f"host {self.identity.host} has {available >> 20}M available",
-                hint="give it less memory, or put it on another host",
-            )
-
     def _prepare_files(
         self, folder: Path, wish: ResolvedGuest, image: GuestImage, keys: Sequence[str], fresh: bool
     ) -> str:
         """Disks and seed. Returns the kernel's command line."""
-        root = folder / "root.qcow2"
+        root = folder / domain.file_name(domain.ROOT_DISK)
         if image.disk:
             if fresh:
                 root.unlink(missing_ok=True)
@@ -337,7 +248,7 @@ class GuestService:
                 )
             if not root.exists():
                 disk.create_overlay(Path(image.disk), image.disk_format or "qcow2", root, wish.disk_size)
-            self._give_to_qemu(root)
+            self.give_to_qemu(root)
         wanted = {domain.disk_file(folder, extra): extra for extra in wish.disks}
         for file in folder.glob("disk-*.qcow2"):
             if file not in wanted or (fresh and disk.info(file)["virtual-size"] != wanted[file].size):
@@ -350,7 +261,7 @@ class GuestService:
             meta, user, network = seed.render_seed(
                 hostname=wish.name, ssh_keys=list(keys), nics=nics, user_data=wish.user_data
             )
-            disk.create_seed(folder / "seed.iso", meta, user, network)
+            disk.create_seed(folder / domain.file_name(domain.SEED_DISK), meta, user, network)
         elif image.kernel:
             words.append(seed.tiny_cmdline(hostname=wish.name, ssh_keys=list(keys), nics=nics))
         cmdline = " ".join(word for word in (*words, wish.cmdline) if word)
@@ -366,14 +277,8 @@ class GuestService:
         file = domain.disk_file(folder, wanted)
         if not file.exists():
             disk.create_empty(file, wanted.size)
-        self._give_to_qemu(file)
+        self.give_to_qemu(file)
         return file
-
-    def _give_to_qemu(self, file: Path) -> None:
-        """libvirt runs QEMU as another user and, in the agent, is told to leave owners alone."""
-        user = accel.emulator_user()
-        if user and os.geteuid() == 0:
-            shutil.chown(file, user)
 
     # -- waiting until it is up ----------------------------------------------------------------------------------
 
@@ -386,7 +291,7 @@ class GuestService:
         ready = wish.ready or image.ready
         if ready == "none":
             return
-        dom, view = self._get(wish.name)
+        _, view = self.get(wish.name)
         deadline = Deadline(scaled(READY_SECONDS, emulated=view.accel == "tcg"))
         log = self.console_log(wish.name)
         what = "its guest agent" if ready == "agent" else f"{ready.removeprefix('console:')!r} on its console"
@@ -397,22 +302,27 @@ class GuestService:
             call.check()
             last = consolelog.tail(log, 1)
             call.progress(f"waiting for {what}" + (f" · {last[0][:60]}" if last else ""))
-            if words := consolelog.panic(log):
-                failure = words
-            elif not dom.isActive():
-                failure = "it stopped"
-            else:
-                current = domain.parse(dom.XMLDesc())
-                return current is not None and self._is_ready(current, ready)
+            try:
+                dom, current = self.get(wish.name)  # anew each time, as libvirt may have gone and come back
+                if words := consolelog.panic(log):
+                    failure = words
+                elif not dom.isActive():
+                    failure = "it stopped"
+                else:
+                    return self.is_ready(current, ready)
+            except (GuestError, libvirt.libvirtError):
+                if self.libvirt.alive:
+                    raise
+                return False
             return True
 
         with libvirt_errors(f"guest {wish.name}"), consolelog.watching(log, self.libvirt.poke):
             in_time = self.libvirt.wait(settled, deadline)
         if failure is None and in_time:
-            self._ready(wish.name).touch()
+            self.ready(wish.name).touch()
             return
         if consolelog.panic(log):
-            self._destroy(dom)  # a kernel that has panicked spins for ever
+            self.destroy(self.get(wish.name)[0])  # a kernel that has panicked spins for ever
         raise GuestError(
             f"guest {wish.name}: {failure}"
             if failure
@@ -426,11 +336,11 @@ class GuestService:
     def stop(self, call: Call, guest: str, timeout: float = STOP_SECONDS, hard: bool = False) -> str:
         """Ask the guest to shut down; after ``timeout`` seconds stop it. Returns how it ended."""
         call.on_cancel(self.libvirt.poke)
-        with self._locked(guest):
+        with self.locked(guest):
             return self._stop(call, guest, timeout, hard)
 
     def _stop(self, call: Call, guest: str, timeout: float, hard: bool) -> str:
-        dom, view = self._get(guest)
+        dom, view = self.get(guest)
         if not dom.isActive():
             return "off"
         if (
@@ -457,16 +367,8 @@ class GuestService:
                 if self.libvirt.wait(off, Deadline(scaled(timeout))):
                     return "shut down"
         call.progress("stopping it hard")
-        self._destroy(dom)
+        self.destroy(dom)
         return "stopped"
-
-    @staticmethod
-    def _destroy(dom: libvirt.virDomain) -> None:
-        try:
-            dom.destroy()
-        except libvirt.libvirtError as error:
-            if dom.isActive():  # it may have ended by itself meanwhile
-                raise GuestError(f"domain {dom.name()}: {error.get_error_message()}") from error
 
     def restart(
         self,
@@ -481,31 +383,15 @@ class GuestService:
         """Stop, define anew, start, wait until ready; returns what :meth:`start` does."""
         wish = ResolvedGuest.model_validate(guest)
         call.on_cancel(self.libvirt.poke)
-        with self._locked(wish.name):
-            if self._find(wish.name):
+        with self.locked(wish.name):
+            if self.find(wish.name):
                 self._stop(call, wish.name, timeout, hard)
             return self._start(call, wish, GuestImage(**image), keys, fresh)
 
     def remove(self, call: Call, guest: str, keep_disks: bool = False) -> None:
         """Stop the guest hard and remove its domain and files; does nothing where there is nothing."""
-        with self._locked(guest):
-            self._remove(guest, keep_disks)
-
-    def _remove(self, guest: str, keep_disks: bool) -> None:
-        found = self._find(guest)
-        if found:
-            dom, _ = found
-            with libvirt_errors(f"guest {guest} cannot be removed"):
-                if dom.isActive():
-                    self._destroy(dom)
-                dom.undefineFlags(
-                    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
-                    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-                    | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
-                )
-            self._views.pop(self._domain_name(guest), None)
-        if not keep_disks:
-            shutil.rmtree(self.folder(guest), ignore_errors=True)
+        with self.locked(guest):
+            self.erase(guest, keep_disks=keep_disks)
 
     # -- changes while it runs -----------------------------------------------------------------------------------
 
@@ -516,21 +402,40 @@ class GuestService:
         """
         wish = ResolvedGuest.model_validate(guest)
         call.on_cancel(self.libvirt.poke)
-        with self._locked(wish.name), libvirt_errors(f"guest {wish.name} cannot be changed while it runs"):
-            dom, view = self._running(wish.name)
+        with self.locked(wish.name), libvirt_errors(f"guest {wish.name} cannot be changed while it runs"):
+            dom, view = self.running(wish.name)
             self._update_nics(call, dom, view, wish)
             self._update_disks(call, dom, view, wish)
             if view.vcpus != wish.vcpus:
                 self._update_vcpus(call, dom, wish)
             if view.memory != wish.memory:
                 self._update_memory(call, dom, view, wish)
-            dom.setMetadata(
-                libvirt.VIR_DOMAIN_METADATA_ELEMENT,
-                domain.metadata_xml(wish, GuestImage(**image), self.identity),
-                "orchestrator",
-                domain.NAMESPACE,
-                _LIVE_AND_LATER,
-            )
+            self._remember(dom, wish, image["id"], wish.ready or image["ready"])
+
+    def unplug(self, call: Call, guest: str, nics: list[str], disks: list[str]) -> None:
+        """Take NICs, by MAC, and disks, by name, from a running guest; the disks' contents are removed."""
+        call.on_cancel(self.libvirt.poke)
+        with self.locked(guest), libvirt_errors(f"guest {guest} cannot be changed while it runs"):
+            dom, view = self.running(guest)
+            for mac in nics:
+                self._unplug_nic(call, dom, view, mac)
+            for serial in disks:
+                self._unplug_disk(call, dom, view, serial)
+            wish = ResolvedGuest.model_validate(view.wish)
+            left = {
+                "nics": [nic for nic in wish.nics if nic.mac not in nics],
+                "disks": [extra for extra in wish.disks if extra.name not in disks],
+            }
+            self._remember(dom, wish.model_copy(update=left), view.image, view.ready)
+
+    def _remember(self, dom: libvirt.virDomain, wish: ResolvedGuest, image_id: str, ready: str) -> None:
+        dom.setMetadata(
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+            domain.metadata_xml(wish, image_id, ready, self.identity),
+            "orchestrator",
+            domain.NAMESPACE,
+            _LIVE_AND_LATER,
+        )
 
     def _settle(self, call: Call, done: Callable[[], bool], what: str, guest: str) -> None:
         def check() -> bool:
@@ -556,22 +461,20 @@ class GuestService:
         wanted = {nic.mac: nic for nic in wish.nics}
         for mac in view.nics:
             if mac not in wanted:
-                call.progress(f"unplugging NIC {mac}")
-                dom.detachDeviceFlags(
-                    f'<interface type="ethernet"><mac address="{mac}"/></interface>', _LIVE_AND_LATER
-                )
-                self._settle(
-                    call,
-                    partial(self._without_nic, dom, mac),
-                    f"NIC {mac} to be released",
-                    wish.name,
-                )
+                self._unplug_nic(call, dom, view, mac)
         for mac, nic in wanted.items():
             if mac not in view.nics:
                 call.progress(f"plugging NIC {mac}")
                 dom.attachDeviceFlags(domain.interface_xml(nic), _LIVE_AND_LATER)
                 if view.agent_connected:
                     self._configure_nic(call, dom, nic)
+
+    def _unplug_nic(self, call: Call, dom: libvirt.virDomain, view: DomainView, mac: str) -> None:
+        if mac not in view.nics:
+            return
+        call.progress(f"unplugging NIC {mac}")
+        dom.detachDeviceFlags(f'<interface type="ethernet"><mac address="{mac}"/></interface>', _LIVE_AND_LATER)
+        self._settle(call, partial(self._without_nic, dom, mac), f"NIC {mac} to be released", view.name)
 
     def _without_nic(self, dom: libvirt.virDomain, mac: str) -> bool:
         return mac not in self._view(dom).nics
@@ -599,22 +502,20 @@ class GuestService:
         wanted = {extra.name: extra for extra in wish.disks}
         folder = self.folder(wish.name)
         for serial in ours - set(wanted):
-            call.progress(f"unplugging disk {serial}")
-            target = view.disks[serial]
-            dom.detachDeviceFlags(f'<disk type="file" device="disk"><target dev="{target}"/></disk>', _LIVE_AND_LATER)
-            self._settle(
-                call,
-                partial(self._without_disk, dom, serial),
-                f"disk {serial} to be released",
-                wish.name,
-            )
-            (folder / f"disk-{serial}.qcow2").unlink(missing_ok=True)
+            self._unplug_disk(call, dom, view, serial)
         for name, extra in wanted.items():
             if name not in ours:
                 call.progress(f"plugging disk {name}")
                 file = self._ensure_disk(folder, extra)
                 target = self._free_target(self._view(dom), extra.bus)
                 dom.attachDeviceFlags(domain.disk_xml(file, name, extra.bus, target), _LIVE_AND_LATER)
+
+    def _unplug_disk(self, call: Call, dom: libvirt.virDomain, view: DomainView, serial: str) -> None:
+        if target := view.disks.get(serial):
+            call.progress(f"unplugging disk {serial}")
+            dom.detachDeviceFlags(f'<disk type="file" device="disk"><target dev="{target}"/></disk>', _LIVE_AND_LATER)
+            self._settle(call, partial(self._without_disk, dom, serial), f"disk {serial} to be released", view.name)
+        (self.folder(view.name) / domain.file_name(serial)).unlink(missing_ok=True)
 
     @staticmethod
     def _free_target(view: DomainView, bus: str) -> str:
@@ -648,14 +549,14 @@ class GuestService:
         )
 
     def pause(self, call: Call, guest: str) -> None:
-        with self._locked(guest), libvirt_errors(f"guest {guest} cannot be paused"):
-            dom, _ = self._running(guest)
+        with self.locked(guest), libvirt_errors(f"guest {guest} cannot be paused"):
+            dom, _ = self.running(guest)
             if dom.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
                 dom.suspend()
 
     def resume(self, call: Call, guest: str) -> None:
-        with self._locked(guest), libvirt_errors(f"guest {guest} cannot go on"):
-            dom, _ = self._running(guest)
+        with self.locked(guest), libvirt_errors(f"guest {guest} cannot go on"):
+            dom, _ = self.running(guest)
             if dom.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
                 dom.resume()
 
@@ -666,7 +567,7 @@ class GuestService:
 
         :param timeout: seconds.
         """
-        dom, view = self._running(guest)
+        dom, view = self.running(guest)
         if not view.agent_connected:
             raise GuestError(
                 f"guest {guest}: its guest agent is not connected",
@@ -684,12 +585,12 @@ class GuestService:
 
     def xml(self, call: Call, guest: str) -> str:
         """The domain's XML as libvirt has it."""
-        dom, _ = self._get(guest)
+        dom, _ = self.get(guest)
         with libvirt_errors(f"guest {guest}"):
             return str(dom.XMLDesc())
 
     def console(self, open_stream: Callable[[], Stream], guest: str, force: bool = False) -> None:
-        _, view = self._running(guest)
+        _, view = self.running(guest)
         if view.console_path is None:
             raise GuestError(f"guest {guest} has no console")
         self._consoles.attach(guest, view.console_path, open_stream, force=force)
@@ -697,7 +598,7 @@ class GuestService:
     def log(
         self, open_stream: Callable[[], Stream], guest: str, lines: int | None = None, follow: bool = False
     ) -> None:
-        self._get(guest)
+        self.get(guest)
         log = self.console_log(guest)
         if not log.exists():
             raise NotFoundError(f"guest {guest} has no console log yet", hint=f"orchestrator start {guest}")
@@ -714,24 +615,24 @@ class GuestService:
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def snapshots(self, call: Call, guest: str) -> list[dict[str, Any]]:
-        self._get(guest)
+        self.get(guest)
         return [snapshot.to_json() for snapshot in snapshots.list_all(self.folder(guest))]
 
     def snapshot_save(self, call: Call, guest: str, name: str, description: str = "") -> dict[str, Any]:
-        with self._locked(guest), libvirt_errors(f"guest {guest}: snapshot {name} cannot be saved"):
-            dom, view = self._running(guest)
+        with self.locked(guest), libvirt_errors(f"guest {guest}: snapshot {name} cannot be saved"):
+            dom, view = self.running(guest)
             snapshot = snapshots.save(dom, view, self.folder(guest), name, description, call.progress)
             return snapshot.to_json()
 
     def snapshot_restore(self, call: Call, guest: str, name: str) -> None:
-        with self._locked(guest), libvirt_errors(f"guest {guest}: snapshot {name} cannot be restored"):
-            dom, view = self._get(guest)
+        with self.locked(guest), libvirt_errors(f"guest {guest}: snapshot {name} cannot be restored"):
+            dom, view = self.get(guest)
             snapshots.restore(self.libvirt.conn, dom, view, self.folder(guest), name, call.progress)
-            self._started(guest).touch()
+            self.started(guest).touch()
 
     def snapshot_delete(self, call: Call, guest: str, name: str) -> None:
-        with self._locked(guest):
-            dom, _ = self._get(guest)
+        with self.locked(guest):
+            dom, _ = self.get(guest)
             snapshots.delete(dom, self.folder(guest), name)
 
 

@@ -1,7 +1,8 @@
 """The agent as a process: its folder of sockets, who owns it, how it is started, found again and ended.
 
 The one who starts an agent binds its socket and passes it, so that a client may connect at once and waits for
-nothing. ``owner.json`` in the runtime folder names the process by pid and start time.
+nothing. ``owner.json`` in the runtime folder names the process by pid and start time. An agent that runs other code
+than ours is replaced.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from orchestrator import names, paths
 from orchestrator.errors import HostError
+from orchestrator.hosts.install import installed_digest
 from orchestrator.run import shell_line, spawn, tail_of
 
 END_SECONDS = 10
@@ -87,13 +89,17 @@ def start_time(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who serves a runtime folder."""
+    """Who serves a runtime folder.
+
+    :param toolkit: digest of the bundle that installed the code that it runs; None where none did.
+    """
 
     uid: str
     lab: str
     host: str
     pid: int
     start: str
+    toolkit: str | None = None
 
     @property
     def alive(self) -> bool:
@@ -109,7 +115,7 @@ def read_owner(run_dir: Path) -> Owner | None:
 
 
 def start(place: AgentPlace, prefix: Sequence[str] = (), options: Sequence[str] = ()) -> None:
-    """Start the agent of ``place`` if none is alive.
+    """Start the agent of ``place`` if none is alive that runs the code that we run.
 
     :param prefix: a command that runs the agent somewhere else, such as inside a network namespace.
     :param options: further options of :mod:`orchestrator.agent`.
@@ -117,7 +123,7 @@ def start(place: AgentPlace, prefix: Sequence[str] = (), options: Sequence[str] 
     paths.make_dir(place.run_dir)
     paths.make_dir(place.state_dir)
     with _starting(place):
-        if not answers(place):
+        if not (answers(place) and is_current(place)):
             _start(place, prefix, options)
 
 
@@ -134,7 +140,7 @@ def _starting(place: AgentPlace) -> Iterator[None]:
 
 def _start(place: AgentPlace, prefix: Sequence[str], options: Sequence[str]) -> None:
     if (owner := read_owner(place.run_dir)) and owner.alive:
-        end_process(owner.pid, owner.start, f"{place.host}: an agent that does not answer")
+        end_process(owner.pid, owner.start, f"{place.host}: the agent before")
     place.socket.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, open(place.log, "ab") as log:
         listener.bind(str(place.socket))
@@ -154,7 +160,7 @@ def _start(place: AgentPlace, prefix: Sequence[str], options: Sequence[str]) -> 
 
 def write_owner(run_dir: Path, uid: str, lab: str, host: str, pid: int) -> None:
     """Written by the one who starts an agent, and by the agent itself, in case the starter is killed before."""
-    owner = Owner(uid, lab, host, pid, start_time(pid) or "")
+    owner = Owner(uid, lab, host, pid, start_time(pid) or "", installed_digest())
     paths.write_atomic(run_dir / "owner.json", json.dumps(asdict(owner)))
 
 
@@ -184,6 +190,12 @@ def answers(place: AgentPlace) -> bool:
     except HostError:
         return False
     return True
+
+
+def is_current(place: AgentPlace) -> bool:
+    """The agent runs the code that we run."""
+    owner = read_owner(place.run_dir)
+    return owner is not None and owner.toolkit == installed_digest()
 
 
 def end_process(pid: int, start: str, name: str) -> None:

@@ -1,44 +1,223 @@
-"""The toolkit as a wheel, to be installed on other hosts."""
+"""The toolkit as a *bundle*: one file that holds it with all that it needs, and installs it where it is run.
+
+A bundle is a zip file that Python runs: :mod:`orchestrator.hosts.installer` with the wheels of the toolkit and of its
+dependencies, at the versions and with the hashes of ``requirements-host.lock``. The one dependency that it does not
+hold are the bindings of libvirt, which fit one libvirt: a host has those of its distribution (``python3-libvirt``).
+
+Bundles lie in the cache, named by the digest of all that they are made from.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
+import importlib.util
+import json
+import re
+import shutil
 import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator import __version__, names, paths
-from orchestrator.errors import HostError
+from orchestrator.errors import CommandError, HostError
+from orchestrator.hosts import installer
+from orchestrator.hosts.rpc import Progress
+from orchestrator.patience import scaled
 from orchestrator.run import run
 
+MACHINE = "x86_64"
+LOCK = "requirements-host.lock"
+SOURCES = ("ansible", "orchestrator", "templates", "vagrant")
+OLDEST_PYTHON = (3, 11)
+KEEP_SECONDS = 24 * 3600
 
-def _sources(checkout: Path) -> str:
-    """A digest of everything that goes into the wheel."""
-    files = [checkout / "pyproject.toml"]
-    for folder in ("orchestrator", "templates"):
+_GLIBC = range(36, 16, -1)  # 2.36, the one of Debian 12, and what runs on it
+_MARKED = re.compile(r"^(?P<pin>[\w.-]+==\S+) ; (?P<marker>[^\\]+?)(?P<rest> \\)?$")
+
+
+def _checkout() -> Path | None:
+    """The folder from which this toolkit runs, unless it was installed."""
+    checkout = Path(__file__).parents[2]
+    return checkout if (checkout / "pyproject.toml").exists() else None
+
+
+@functools.cache
+def _digest(checkout: Path) -> str:
+    """Of everything that goes into a bundle. A command stays with what it found first."""
+    files = [checkout / "pyproject.toml", checkout / LOCK]
+    for folder in SOURCES:
         files += sorted(
             path for path in (checkout / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts
         )
     return names.digest(*(f"{path.relative_to(checkout)}\0{path.read_bytes().hex()}" for path in files), length=12)
 
 
-def build_wheel() -> Path:
-    """The wheel of this toolkit; built once for each content of the checkout.
+@functools.cache
+def installed_digest() -> str | None:
+    """The digest of the bundle that installed the code that runs; None where none did."""
+    try:
+        return str(json.loads((Path(sys.prefix) / installer.ABOUT).read_text())["digest"])
+    except (OSError, ValueError, KeyError):
+        return None
 
-    :raise HostError: this toolkit was itself installed from a wheel, so that there is nothing to build from.
+
+def our_digest() -> str | None:
+    """The digest that other hosts should have; None where it cannot be told, as the toolkit was installed by other
+    means than a bundle."""
+    checkout = _checkout()
+    return _digest(checkout) if checkout else installed_digest()
+
+
+def bundle(python: str, progress: Progress) -> Path:
+    """The bundle for machines whose Python is of version ``python``, such as 3.13; made unless it is in the cache.
+
+    :raise HostError: it cannot be made: no checkout, Python too old, no wheels for it, or no package index.
     """
-    checkout = Path(__file__).parent.parent.parent
-    if not (checkout / "pyproject.toml").exists():
+    checkout = _checkout()
+    if checkout is None:
         raise HostError(
             "the toolkit runs from an installed package, so it cannot make one for another host",
             hint="install it there by hand and name it with `toolkit:`, or run from a checkout",
         )
-    folder = paths.make_dir(paths.cache() / "wheels" / _sources(checkout))
-    found = list(folder.glob(f"orchestrator-{__version__}-*.whl"))
-    if not found:
-        run(
-            [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, checkout],
-            timeout=300,
+    if not re.fullmatch(r"3\.\d+", python) or tuple(map(int, python.split("."))) < OLDEST_PYTHON:
+        raise HostError(
+            f"the toolkit needs Python 3.11 or newer, and that is Python {python}",
+            hint="Debian 12 and 13 and Ubuntu 24.04 have one",
         )
-        found = list(folder.glob(f"orchestrator-{__version__}-*.whl"))
-    return found[0]
+    digest = _digest(checkout)
+    target = _folder() / f"orchestrator-{__version__}-{digest}-py{python}.pyz"
+    with _locked(progress):
+        if not target.exists():
+            _forget_old()
+            wheels = [_toolkit(checkout, digest, progress), *_dependencies(checkout, python, progress)]
+            about = {
+                "id": f"{__version__}-{digest}-py{python}",
+                "version": __version__,
+                "digest": digest,
+                "python": python,
+                "machine": MACHINE,
+            }
+            with _work() as work:
+                _write(work / target.name, about, wheels)
+                (work / target.name).replace(target)
+        target.touch()
+    return target
+
+
+def _folder() -> Path:
+    return paths.make_dir(paths.cache() / "bundles")
+
+
+@contextlib.contextmanager
+def _locked(progress: Progress) -> Iterator[None]:
+    with open(_folder() / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another command that makes a bundle")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _work() -> Iterator[Path]:
+    """A new folder in the cache; who has the lock may remove what a killed one left in it."""
+    folder = _folder() / ".build"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield paths.make_dir(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget_old() -> None:
+    for thing in _folder().glob("[!.]*"):
+        if time.time() - thing.stat().st_mtime > KEEP_SECONDS:
+            shutil.rmtree(thing) if thing.is_dir() else thing.unlink()
+
+
+def _kept(name: str, make: Callable[[Path], None]) -> list[Path]:
+    """The wheels in folder ``name`` of the cache, made by ``make`` where there is none."""
+    folder = _folder() / name
+    if not folder.exists():
+        with _work() as work:
+            made = paths.make_dir(work / "wheels")
+            make(made)
+            made.rename(folder)
+    folder.touch()
+    return sorted(folder.glob("*.whl"))
+
+
+def _toolkit(checkout: Path, digest: str, progress: Progress) -> Path:
+    """The toolkit's own wheel; the same for every Python."""
+
+    def build(folder: Path) -> None:
+        progress("building the toolkit's wheel")
+        # The back end is there where `.ci/setup` was run; else pip fetches it.
+        here = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+        _pip(["wheel", "--no-deps", *here, "--wheel-dir", folder, checkout])
+
+    [wheel] = _kept(f"toolkit-{digest}", build)
+    return wheel
+
+
+def _dependencies(checkout: Path, python: str, progress: Progress) -> list[Path]:
+    lock = (checkout / LOCK).read_text()
+
+    def fetch(folder: Path) -> None:
+        progress(f"fetching wheels for Python {python}")
+        wanted = folder.parent / "requirements.txt"
+        wanted.write_text(requirements(lock))
+        target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
+        target += [f"--platform=manylinux_2_{minor}_{MACHINE}" for minor in _GLIBC]
+        target += [f"--platform=manylinux2014_{MACHINE}"]
+        _pip(["download", "--no-deps", "--require-hashes", *target, "--dest", folder, "-r", wanted])
+
+    return _kept(f"wheels-{names.digest(lock, python, length=12)}-py{python}", fetch)
+
+
+def requirements(lock: str) -> str:
+    """``lock`` without its environment markers, and without what is for Windows.
+
+    pip would judge the markers by the Python that runs it and not by the one that it fetches for. What the target has
+    no use for does no harm there.
+    """
+    lines, skipping = [], False
+    for line in lock.splitlines():
+        if not line.startswith((" ", "#")):
+            found = _MARKED.match(line)
+            skipping = bool(found and found["marker"] == "sys_platform == 'win32'")
+            if found:
+                line = found["pin"] + (found["rest"] or "")
+        if not skipping:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _pip(words: list[str | Path]) -> None:
+    try:
+        run([sys.executable, "-m", "pip", "--quiet", *words], timeout=scaled(900))
+    except CommandError as error:
+        raise HostError(
+            f"the toolkit's bundle could not be made: {error.message}",
+            hint="the package index must be reachable from this machine; the hosts need none",
+            command=error.command,
+            tail=error.tail,
+        ) from error
+
+
+def _write(target: Path, about: dict[str, str], wheels: list[Path]) -> None:
+    with zipfile.ZipFile(target, "w") as out:
+        out.writestr("__main__.py", Path(installer.__file__).read_bytes())
+        out.writestr(installer.ABOUT, json.dumps(about))
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as content:
+                if any(".data/" in name for name in content.namelist()):
+                    raise HostError(f"{wheel.name} has files that are not simply unpacked, which no bundle may hold")
+            out.write(wheel, f"wheels/{wheel.name}")

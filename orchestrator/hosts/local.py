@@ -158,7 +158,7 @@ class LocalTransport:
 
     # -- making it -----------------------------------------------------------------------------------------------
 
-    def ensure(self, progress: Progress) -> None:
+    def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
         _need_root()
         progress("network namespace")
         with _NAMESPACES:
@@ -265,6 +265,9 @@ class LocalTransport:
                 ip.route("del", dst=f"{address}/{plen}", oif=index, family=family)
 
     # -- taking it away ------------------------------------------------------------------------------------------
+
+    def halt(self, progress: Progress) -> None:
+        pass  # it is not ours to power off
 
     def remove(self, progress: Progress) -> None:
         _need_root()

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
-from orchestrator.errors import StateError
+from orchestrator.errors import HostError, StateError
+from orchestrator.hosts.model import SshHost
 from orchestrator.hosts.rpc import Progress
 from orchestrator.hosts.transport import Transport
 from orchestrator.spec.resolved import ResolvedLab
@@ -34,3 +36,18 @@ def open_host(lab: ResolvedLab, name: str, box: Callable[[Progress], str] = no_b
     from orchestrator.hosts.ssh import SshTransport  # paramiko takes 0.2 s to import
 
     return SshTransport(lab, host)
+
+
+def reached_by_ssh(lab: ResolvedLab) -> dict[str, SshHost]:
+    """How plain ssh reaches the hosts of ``lab``; without local ones, and those of Vagrant that do not run."""
+    found = {}
+    for name, host in lab.hosts.items():
+        if isinstance(host.spec, SshHost):
+            found[name] = host.spec
+        elif host.spec.kind == "vagrant":
+            from orchestrator.hosts.vagrant import VagrantTransport
+
+            transport = VagrantTransport(lab, host, no_box)
+            with contextlib.suppress(HostError), contextlib.closing(transport):
+                found[name] = transport.reached_by_ssh()
+    return found

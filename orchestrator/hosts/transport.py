@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -19,12 +20,16 @@ class HostFacts:
     :param agent: its agent answers.
     :param problems: what differs from the wish, in words; empty when nothing does.
     :param broken: parts of it are missing, so that no agent can be there until :meth:`Transport.ensure` mends it.
+    :param outdated: its toolkit is not ours, so that calls may fail until :meth:`Transport.ensure` has replaced it.
+    :param restart: :meth:`Transport.ensure` restarts it, as what differs cannot be changed while it runs.
     """
 
     present: bool = False
     agent: bool = False
     problems: tuple[str, ...] = ()
     broken: bool = False
+    outdated: bool = False
+    restart: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,9 +45,10 @@ class Transport(Protocol):
     def facts(self) -> HostFacts:
         """:raise HostError: the host does not answer."""
 
-    def ensure(self, progress: Progress) -> None:
+    def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
         """Make the host and its agent; does nothing where all is as wished.
 
+        :param cancel: when it is set, what takes long is given up.
         :raise HostError: the host does not answer, or the agent does not start.
         :raise TakenError: a name that we need belongs to somebody else.
         """
@@ -52,6 +58,9 @@ class Transport(Protocol):
 
         :raise HostError: it does not start.
         """
+
+    def halt(self, progress: Progress) -> None:
+        """Power the host off, where it is a machine of ours."""
 
     def remove(self, progress: Progress) -> None:
         """Stop the agent and remove all that :meth:`ensure` made; does nothing where there is nothing."""

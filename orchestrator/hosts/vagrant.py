@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import paramiko
 
 from orchestrator import names, paths
 from orchestrator.errors import CancelledError, HostError, HostKeyError, StateError, TakenError
-from orchestrator.hosts import accel, libvirtd, underlay
+from orchestrator.hosts import accel, libvirtd, machinesnapshots, provision, roles, underlay
 from orchestrator.hosts.model import SshHost, VagrantHost
 from orchestrator.hosts.rpc import Progress, Stream
 from orchestrator.hosts.ssh import SshTransport
@@ -223,6 +223,14 @@ class VagrantTransport:
             assert self._ssh is not None
         return self._ssh
 
+    def reached_by_ssh(self) -> SshHost:
+        """How any SSH client reaches the machine.
+
+        :raise HostError: it does not run.
+        """
+        _need_root()
+        return self._inner().spec
+
     # -- the transport -------------------------------------------------------------------------------------------
 
     def facts(self) -> HostFacts:
@@ -236,24 +244,53 @@ class VagrantTransport:
         if dom is None or not dom.isActive():
             problem = "the machine is off" if dom else "the machine is missing"
             return HostFacts(present=True, broken=True, problems=(problem,))
-        problems = self._differences(dom)
+        differences = self._differences(dom)
+        problems = list(differences)
         try:
             inner = self._connect(dom).facts()
-        except HostKeyError:
-            raise
-        except HostError as error:  # it starts, or hangs: `up` waits for it
+        except HostError as error:  # it starts, or hangs: `up` waits for it; `down` can remove it all the same
             return HostFacts(present=True, broken=True, problems=(error.message,))
+        if not self._is_provisioned():
+            problems.append("provisioning: missing or of another version")
         broken = bool(inner.problems) and not inner.agent  # without the toolkit there can be no agent
-        return HostFacts(present=True, agent=inner.agent, problems=(*problems, *inner.problems), broken=broken)
+        return HostFacts(
+            present=True,
+            agent=inner.agent,
+            problems=(*problems, *inner.problems),
+            broken=broken,
+            outdated=inner.outdated,
+            restart=bool(differences),
+        )
 
     def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
         _need_root()
         with libvirtd.session() as conn:
             underlay.ensure(self.lab, conn)
-            if self._running(conn) is None:
+            dom = self._running(conn)
+            if dom is not None and self._differences(dom):
+                self.close()
+                self.project.halt(self.host.name, progress)
+                dom = None
+            if dom is None:
                 self._start(conn, progress, cancel)
             self._await(conn, progress, cancel)
+        if not self._is_provisioned():
+            self._provision(progress, cancel)
         self._inner().ensure(progress)
+
+    def _is_provisioned(self) -> bool:
+        """The roles have been played on the machine, as they are now."""
+        status, stdout, _ = self._inner().connection.run(f"cat {roles.MARK}")
+        return status == 0 and stdout.decode(errors="replace").strip() == roles.digest()
+
+    def _provision(self, progress: Progress, cancel: threading.Event | None) -> None:
+        """:raise HostError: Ansible fails."""
+        inner = self._inner()
+        targets = {self.host.name: inner.spec}
+        results = provision.provision(targets, progress=lambda _, text: progress(text), cancel=cancel)
+        if error := results[self.host.name].error:
+            raise error
+        inner.run(f"mkdir -p {roles.MARK.parent} && echo {roles.digest()} > {roles.MARK} && sync {roles.MARK}")
 
     def _start(self, conn: libvirt.virConnect, progress: Progress, cancel: threading.Event | None) -> None:
         described = self.project.described().get(self.host.name)
@@ -267,9 +304,14 @@ class VagrantTransport:
         try:
             self.project.up(self.host.name, progress, cancel)
         except HostError as error:
-            if self.console.exists() and not error.tail:
-                error.tail = tuple(tail_of(self.console.read_bytes()))
-            raise
+            raise self._with_console(error) from None
+
+    def _with_console(self, error: HostError) -> HostError:
+        """``error``, which may have its cause in how the machine starts, with the end of what that says."""
+        if self.console.exists():
+            lines = tail_of(self.console.read_bytes(), 5)
+            error.tail = (*error.tail, f"the end of {self.console}:", *lines)
+        return error
 
     def _await(self, conn: libvirt.virConnect, progress: Progress, cancel: threading.Event | None) -> None:
         """Wait until the machine answers to SSH.
@@ -284,13 +326,15 @@ class VagrantTransport:
                     raise HostError(f"host {self.host.name} has stopped again")
                 self._connect(dom).check()
                 return
-            except HostKeyError:
+            except HostKeyError as error:
+                error.hint = (
+                    f"somebody else may answer in its place. If it was you who changed the key: "
+                    f"rm {self.folder / 'host_key'}; if in doubt: orchestrator down"
+                )
                 raise
             except HostError as error:
                 if dom is None or deadline.passed:
-                    if self.console.exists() and not error.tail:
-                        error.tail = tuple(tail_of(self.console.read_bytes()))
-                    raise
+                    raise self._with_console(error) from None
             if cancel is not None and cancel.is_set():
                 raise CancelledError(f"host {self.host.name} was given up")
             progress("waiting for it to answer")
@@ -324,6 +368,36 @@ class VagrantTransport:
 
     def stream(self) -> Stream:
         return self._inner().stream()
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def machine(self) -> Iterator[libvirt.virDomain]:
+        """The machine's domain, for :mod:`orchestrator.hosts.machinesnapshots`.
+
+        :raise HostError: there is none.
+        """
+        _need_root()
+        conn = libvirtd.connect()
+        dom = self._domain(conn) if conn is not None else None
+        if conn is None or dom is None:
+            raise HostError(f"host {self.host.name} is not there", hint="`orchestrator up` makes it")
+        with contextlib.closing(conn):
+            yield dom
+
+    def reset(self, name: str, progress: Progress) -> None:
+        """Put the machine back to a snapshot, and set its clock, which has stood still.
+
+        :raise NotFoundError: it has no such snapshot.
+        :raise HostError: it cannot be put back, or does not answer afterwards.
+        """
+        self.close()
+        with self.machine() as dom:
+            progress("putting it back")
+            machinesnapshots.restore(self.host.name, dom, name)
+        with libvirtd.session() as conn:
+            self._await(conn, progress, None)
+        self._inner().run(f"date -s @{time.time():.0f}")
 
     def close(self) -> None:
         if self._ssh is not None:

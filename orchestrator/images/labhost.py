@@ -16,9 +16,12 @@ import struct
 from pathlib import Path
 
 from orchestrator import names, paths
+from orchestrator.images import playing
 from orchestrator.images.packages import distribution, install_system, installed
 from orchestrator.images.recipe import Built, Progress, Recipe, tree_digest
 from orchestrator.run import run
+
+NAME = "labhost"
 
 PACKAGES = (
     # a system that starts, is reached and is provisioned
@@ -41,7 +44,7 @@ _SECTOR = 512
 
 def recipe() -> Recipe:
     """:raise ImageError: this machine's packages cannot make it."""
-    places = (Path(__file__), paths.templates() / "labhost")
+    places = (Path(__file__), Path(playing.__file__), paths.templates() / "labhost", paths.ansible())
     return Recipe(tree_digest(*places, extra=distribution().codename), _build)
 
 
@@ -56,7 +59,7 @@ def _build(folder: Path, progress: Progress) -> Built:
         system,
         root,
         (*PACKAGES, *OWN_PACKAGES[system.id]),
-        [f'sh {template}/customize "$1" {LABEL}'],
+        [*playing.hooks(work), f'sh {template}/customize "$1" {LABEL}'],
         # before the first package: the kernel's package makes an initramfs by these settings
         [f'--essential-hook=cp -r {template}/root/. "$1/"', "--aptopt=APT::Install-Recommends false"],
     )

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ class ImageService:
     def receive(
         self, open_stream: Callable[[Any], Stream], image: str, manifest: dict[str, Any], files: list[dict[str, Any]]
     ) -> None:
-        """Take an image: the contents of ``files`` (``name``, ``size`` in bytes, ``sha256``) one after the other.
-        Answers with one line of JSON: ``{"folder"}`` or ``{"error"}``. A copy that is not whole is not kept."""
+        """Take an image: the contents of ``files`` (``name``, ``size`` in bytes, ``sha256``) one after the other, as
+        one zlib stream each. Answers with one line of JSON: ``{"folder"}`` or ``{"error"}``. A copy that is not whole
+        is not kept."""
         target = folder_of(image)
         for file in files:
             if not FILE_NAME.match(str(file["name"])) or not isinstance(file["size"], int) or file["size"] < 0:
@@ -64,8 +66,9 @@ class ImageService:
         stream = open_stream(None)
         try:
             with store.workspace(image, lambda _: None) as building:
+                rest = b""
                 for file in files:
-                    _take(stream, building / file["name"], file["size"], file["sha256"])
+                    rest = _take(stream, building / file["name"], file["size"], file["sha256"], rest)
                 paths.write_atomic(building / "manifest.json", json.dumps(manifest))
                 if not (target / "manifest.json").exists():
                     building.rename(target)
@@ -75,17 +78,31 @@ class ImageService:
         stream.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _take(stream: Stream, file: Path, size: int, sha256: str) -> None:
-    """:raise ImageError: the stream ends early, or the content is not what was announced."""
-    digest, missing = hashlib.sha256(), size
+def _take(stream: Stream, file: Path, size: int, sha256: str, rest: bytes) -> bytes:
+    """Unpack one file from the stream.
+
+    :param rest: what was received already; what was received too much is returned.
+    :raise ImageError: the stream ends early or is no zlib stream, or the content is not what was announced.
+    """
+    digest, unpacker, missing = hashlib.sha256(), zlib.decompressobj(), size
     with open(file, "wb") as out:
-        while missing:
-            chunk = stream.recv(min(missing, CHUNK))
-            if not chunk:
+        while not unpacker.eof:
+            packed = unpacker.unconsumed_tail or rest or stream.recv(CHUNK)
+            rest = b""
+            if not packed:
                 raise ImageError(f"{file.name}: the stream ended {missing} bytes early")
+            try:
+                chunk = unpacker.decompress(packed, CHUNK)
+            except zlib.error as error:
+                raise ImageError(f"{file.name}: what was sent cannot be unpacked: {error}") from error
+            missing -= len(chunk)
+            if missing < 0:
+                raise ImageError(f"{file.name}: more was sent than the {size} bytes that were announced")
             digest.update(chunk)
             out.write(chunk)
-            missing -= len(chunk)
+    if missing:
+        raise ImageError(f"{file.name}: {size - missing} bytes were sent, {size} were announced")
     if digest.hexdigest() != sha256:
         raise ImageError(f"{file.name}: SHA-256 is {digest.hexdigest()}, announced was {sha256}")
     file.chmod(0o644)
+    return unpacker.unused_data

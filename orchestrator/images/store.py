@@ -30,7 +30,7 @@ from orchestrator.images.model import ImageSpec
 from orchestrator.images.recipe import Built, Progress, Recipe
 
 MANIFEST = "manifest.json"
-BUILT_IN = {"tiny": tiny.recipe, "debian": debian.recipe, "labhost": labhost.recipe}
+BUILT_IN = {"tiny": tiny.recipe, "debian": debian.recipe, labhost.NAME: labhost.recipe}
 
 _BUILD = ".build-"
 _LOCK = ".lock-"

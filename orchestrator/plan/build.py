@@ -5,12 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from orchestrator.guests import control as guests
+from orchestrator.guests.control import CONTENTS_REMOVED
 from orchestrator.guests.domain import GuestFacts
-from orchestrator.plan.operations import Impact, ObservedHost, ObservedLab, Operation, Plan, Undo
+from orchestrator.images import labhost
+from orchestrator.plan import moves, power
+from orchestrator.plan.operations import MIGRATE, Impact, ObservedHost, ObservedLab, Operation, Plan, Undo
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab
 from orchestrator.switch import control as switch
+from orchestrator.switch.bridge import Membership
 
 NOTHING = ObservedHost()
 
@@ -21,6 +25,7 @@ def build(lab: ResolvedLab, observed: ObservedLab) -> Plan:
     :param observed: of every host of ``lab``, and of every host that the lab had before.
     """
     planner = _Planner(lab, observed)
+    planner.conclude_migrations()
     for seen in observed.guests():
         planner.remove_guest_if_unwanted(seen)
     for host in observed.hosts:
@@ -32,6 +37,8 @@ def build(lab: ResolvedLab, observed: ObservedLab) -> Plan:
         planner.image(image)
     for guest in lab.guests.values():
         planner.guest(guest)
+    for host in lab.hosts:
+        planner.forget_left_hosts(host)
     for host in observed.hosts:
         planner.leave(host)
     return Plan(
@@ -49,14 +56,27 @@ def build_removal(lab: ResolvedLab, observed: ObservedLab) -> Plan:
 class _Planner:
     def __init__(self, lab: ResolvedLab, observed: ObservedLab) -> None:
         self.lab = lab
-        self.observed = observed
         self.operations: list[Operation] = []
         self._ids: set[str] = set()
+        self._stops: dict[str, list[str]] = {}
+        self.observed = observed = self._shut_down_what_restarts(observed)
+        self._guests = moves.whereabouts(observed)
+        self._unclear = {facts.name for facts in self._guests.unclear}
+        self._moves = {facts.name: facts for facts in self._guests.there if self._goes_live(facts)}
 
     def _add(self, operation: Operation) -> str:
         self.operations.append(operation)
         self._ids.add(operation.id)
         return operation.id
+
+    def _shut_down_what_restarts(self, observed: ObservedLab) -> ObservedLab:
+        """What there will be when hosts that must restart have done so."""
+        hosts = dict(observed.hosts)
+        for name, seen in observed.hosts.items():
+            if seen.facts.restart and name in self.lab.hosts:
+                self._stops[name] = [self._add(operation) for operation in power.stop_guests(name, seen)]
+                hosts[name] = power.after_restart(seen)
+        return replace(observed, hosts=hosts)
 
     def _those(self, ids: Iterable[str]) -> tuple[str, ...]:
         """Of ``ids``, those that are in the plan: what needs no change need not be waited for."""
@@ -68,22 +88,41 @@ class _Planner:
     def _reachable(self, host: str) -> bool:
         return self._seen(host).problem is None
 
+    def _on(self, host: str, name: str) -> GuestFacts | None:
+        """The guest of that name, if ``host`` has it."""
+        return next((facts for facts in self._guests.there if (facts.name, facts.host) == (name, host)), None)
+
+    def _goes_live(self, facts: GuestFacts) -> bool:
+        wish = self.lab.guests.get(facts.name)
+        if wish is None or wish.host == facts.host or not self._reachable(wish.host):
+            return False
+        return self._on(wish.host, wish.name) is None and moves.hindrance(self.lab, self.observed, facts) is None
+
     # -- hosts, networks, images ---------------------------------------------------------------------------------
 
     def host(self, name: str) -> None:
         if not self._reachable(name):
             return
-        facts = self._seen(name).facts
+        facts, spec = self._seen(name).facts, self.lab.hosts[name].spec
         if facts.present and facts.agent and not facts.problems:
             return
+        if not facts.present and spec.kind == "vagrant" and spec.box is None:
+            self.image(labhost.NAME)
+        if not facts.present:
+            summary, impact = "create", Impact.CREATE
+        elif facts.restart:
+            summary, impact = "restart", Impact.RESTART
+        else:
+            summary, impact = "change" if facts.agent else "start its agent", Impact.LIVE
         self._add(
             Operation(
                 id=f"host {name}",
                 host=name,
                 subject=f"host {name}",
-                summary="create" if not facts.present else "start its agent" if not facts.agent else "change",
-                impact=Impact.LIVE if facts.present else Impact.CREATE,
+                summary=summary,
+                impact=impact,
                 method="host.ensure",
+                needs=self._those([f"image {labhost.NAME}", *self._stops.get(name, [])]),
                 detail=facts.problems,
             )
         )
@@ -92,7 +131,8 @@ class _Planner:
         if not self._reachable(host):
             return
         observed = self._seen(host).networks
-        for member in switch.wanted(self.lab, host):
+        for wanted in switch.wanted(self.lab, host):
+            member = self._until_moved(wanted, host)
             differences = switch.changes(member, observed)
             if differences == []:
                 continue
@@ -105,20 +145,68 @@ class _Planner:
                     summary="create" if differences is None else "change",
                     impact=Impact.CREATE if differences is None else Impact.LIVE,
                     method="network.ensure",
-                    params={
-                        "network": member.network.model_dump(mode="json"),
-                        "local": member.local,
-                        "peers": list(member.peers),
-                        "forward": member.forward,
-                    },
+                    params=_membership(member),
                     needs=self._those([f"host {host}"]),
                     detail=tuple(differences or ()),
                     undo=Undo("network.remove", {"name": name}) if differences is None else None,
                 )
             )
 
+    def _uses(self, guest: str, network: str) -> bool:
+        return guest in self.lab.guests and any(nic.network == network for nic in self.lab.guests[guest].nics)
+
+    def _keeping(self, member: Membership, host: str, sources: Iterable[str | None]) -> Membership:
+        """``member`` with those of the present peers of ``host`` that are ``sources`` of guests: they are needed for
+        as long as a guest may be there."""
+        known = {**self.lab.former_hosts, **self.lab.hosts}
+        needed = {known[name].underlay for name in sources if name in known} - {*member.peers, member.local}
+        seen = next((facts for facts in self._seen(host).networks if facts.name == member.network.name), None)
+        more = needed.intersection(seen.peers) if seen else set()
+        return replace(member, peers=tuple(sorted({*member.peers, *more}))) if more else member
+
+    def _at_last(self, member: Membership, host: str) -> Membership:
+        """``member`` as far as that can be reached now."""
+        unclear = self._guests.unclear
+        return self._keeping(
+            member, host, [facts.arriving_from for facts in unclear if self._uses(facts.name, member.network.name)]
+        )
+
+    def _until_moved(self, member: Membership, host: str) -> Membership:
+        """``member`` as it must be until guests have moved."""
+        moving = self._moves.values()
+        return self._keeping(
+            self._at_last(member, host),
+            host,
+            [facts.host for facts in moving if self._uses(facts.name, member.network.name)],
+        )
+
+    def forget_left_hosts(self, host: str) -> None:
+        """When guests have left a host: take it from the peers of ``host``."""
+        if not self._reachable(host):
+            return
+        for wanted in switch.wanted(self.lab, host):
+            before, member, name = self._until_moved(wanted, host), self._at_last(wanted, host), wanted.network.name
+            if before == member:
+                continue
+            moved = [
+                f"guest {each} to {self.lab.guests[each].host}" for each in self._moves if self._uses(each, name)
+            ]
+            self._add(
+                Operation(
+                    id=f"network {name} on {host} afterwards",
+                    host=host,
+                    subject=f"network {name}",
+                    summary="change",
+                    impact=Impact.LIVE,
+                    method="network.ensure",
+                    params=_membership(member),
+                    needs=self._those([f"network {name} on {host}", *moved]),
+                    detail=(f"peers: {_addresses(before.peers)} → {_addresses(member.peers)}",),
+                )
+            )
+
     def image(self, name: str) -> None:
-        if self.observed.images.get(name) is None:
+        if self.observed.images.get(name) is None and f"image {name}" not in self._ids:
             self._add(
                 Operation(
                     id=f"image {name}",
@@ -133,13 +221,53 @@ class _Planner:
 
     # -- guests --------------------------------------------------------------------------------------------------
 
+    def conclude_migrations(self) -> None:
+        """What commands that were killed while a guest moved have left: guests that only have to go on, and copies of
+        guests that have stayed."""
+        arrived, copies = self._guests.arrived, self._guests.copies
+        for facts in (each for each in arrived if each.name in self.lab.guests):
+            self._add(
+                Operation(
+                    id=f"guest {facts.name} arrives on {facts.host}",
+                    host=facts.host,
+                    subject=f"guest {facts.name}",
+                    summary="go on after its move",
+                    impact=Impact.LIVE,
+                    method="migration.arrive",
+                    params={"guest": facts.name},
+                )
+            )
+        for facts in (each for each in copies if each.name in self.lab.guests):
+            discarded = self._add(
+                Operation(
+                    id=f"copy of {facts.name} off {facts.host}",
+                    host=facts.host,
+                    subject=f"guest {facts.name}",
+                    summary="remove the copy of a move that was cut short",
+                    impact=Impact.LIVE,
+                    method="migration.discard",
+                    params={"guest": facts.name},
+                )
+            )
+            if self.lab.guests[facts.name].host != facts.host:
+                self._drop_ports(facts.name, facts.host, [], discarded)
+
+    def _concluded(self, name: str) -> list[str]:
+        """Ids of operations that come before any other on the guest of that name."""
+        ids = [f"guest {name} arrives on {facts.host}" for facts in self._guests.arrived]
+        return ids + [f"copy of {name} off {facts.host}" for facts in self._guests.copies]
+
     def remove_guest_if_unwanted(self, facts: GuestFacts) -> None:
         wish = self.lab.guests.get(facts.name)
-        if wish is not None and wish.host == facts.host:
+        if wish is not None and (wish.host == facts.host or facts.name in self._moves):
             return
-        if wish is not None and not self._reachable(wish.host):
-            return  # it would have nowhere to go
+        if wish is not None and not (self._reachable(wish.host) and self._on(facts.host, facts.name)):
+            return  # it would have nowhere to go; or it is not really here
         moved = wish is not None
+        detail: tuple[str, ...] = ()
+        if wish is not None:
+            reason = moves.hindrance(self.lab, self.observed, facts)
+            detail = (f"host: {facts.host} → {wish.host}", *([f"not live: {reason}"] if reason else []))
         removed = self._add(
             Operation(
                 id=f"guest {facts.name} off {facts.host}",
@@ -149,7 +277,8 @@ class _Planner:
                 impact=Impact.RECREATE if moved else Impact.REMOVE,
                 method="guest.remove",
                 params={"guest": facts.name},
-                detail=(f"host: {facts.host} → {wish.host}",) if wish is not None else (),
+                needs=self._those(self._concluded(facts.name)),
+                detail=detail,
             )
         )
         self._drop_ports(facts.name, facts.host, [], removed)
@@ -182,14 +311,69 @@ class _Planner:
                 )
             )
 
+    def _unplug(self, facts: GuestFacts, nics: list[str], disks: list[str]) -> tuple[str, ...]:
+        """Before a guest moves, take from it what it is not to keep: the id of that operation."""
+        if not nics and not disks:
+            return ()
+        return (
+            self._add(
+                Operation(
+                    id=f"guest {facts.name} on {facts.host}",
+                    host=facts.host,
+                    subject=f"guest {facts.name}",
+                    summary="change",
+                    impact=Impact.LIVE,
+                    method="guest.unplug",
+                    params={"guest": facts.name, "nics": nics, "disks": disks},
+                    needs=self._those(self._concluded(facts.name)),
+                    detail=(
+                        *(f"NIC {mac}: unplugged" for mac in nics),
+                        *(f"disk {name}: unplugged, {CONTENTS_REMOVED}" for name in disks),
+                    ),
+                )
+            ),
+        )
+
+    def _move(self, wish: ResolvedGuest, facts: GuestFacts, needs: tuple[str, ...]) -> str:
+        """The guest goes to its host as it runs: the id of that operation."""
+        networks = {nic.network for nic in wish.nics}
+        ready = self._those(
+            f"network {name} on {host}" for name in self.lab.networks for host in self.lab.hosts if name in networks
+        )
+        moved = self._add(
+            Operation(
+                id=f"guest {wish.name} to {wish.host}",
+                host=facts.host,
+                subject=f"guest {wish.name}",
+                summary=f"move to {wish.host}",
+                impact=Impact.LIVE,
+                method=MIGRATE,
+                params={"guest": wish.name, "target": wish.host, "image": facts.image, "lose": facts.snapshots},
+                needs=tuple(dict.fromkeys((*needs, *ready))),
+                detail=(
+                    f"host: {facts.host} → {wish.host}",
+                    *(f"snapshot {name}: does not move, {CONTENTS_REMOVED}" for name in facts.snapshots),
+                ),
+            )
+        )
+        self._drop_ports(wish.name, facts.host, [], moved)
+        return moved
+
     def guest(self, wish: ResolvedGuest) -> None:
         host = wish.host
-        if not self._reachable(host):
+        if not self._reachable(host) or wish.name in self._unclear:
             return
-        facts = next((seen for seen in self._seen(host).guests if seen.name == wish.name), None)
+        facts, source = self._on(host, wish.name), self._moves.get(wish.name)
+        unplugged: tuple[str, ...] = ()
+        if source:
+            facts, nics, disks = moves.without_unplugged(wish, source)
+            unplugged = self._unplug(source, nics, disks)
         ports = self._ports(wish)
-        needs = self._those([f"host {host}", f"image {wish.image}", f"guest {wish.name} off {self._elsewhere(wish)}"])
-        needs += ports
+        before = [f"host {host}", f"image {wish.image}", *self._concluded(wish.name)]
+        needs = self._those([*before, *(f"guest {wish.name} off {elsewhere}" for elsewhere in self.observed.hosts)])
+        needs += unplugged + ports
+        if source:
+            needs = (self._move(wish, source, needs),)
         params = {"guest": wish.model_dump(mode="json")}
         subject = f"guest {wish.name}"
 
@@ -214,12 +398,7 @@ class _Planner:
         if facts is None:
             add("create", Impact.CREATE, "guest.start")
             return
-        difference = guests.compare(
-            wish,
-            facts,
-            self.observed.images.get(wish.image),
-            image_has_disk=facts.wish.get("image") != "tiny" or wish.image != "tiny",
-        )
+        difference = moves.compare(wish, facts, self.observed.images)
         everything = difference.recreate + difference.restart + difference.live
         done: str | None = None
         if facts.state not in ("running", "paused"):
@@ -234,7 +413,7 @@ class _Planner:
             done = add("recreate", Impact.RECREATE, "guest.restart", everything, fresh=True)
         elif difference.restart:
             done = add("restart", Impact.RESTART, "guest.restart", everything)
-        elif self._lost_taps(wish, facts):
+        elif source is None and self._lost_taps(wish, facts):
             done = add("restart", Impact.RESTART, "guest.restart", ("tap: lost → made anew",))
         elif difference.live:
             done = add("change", Impact.LIVE, "guest.update", everything)
@@ -260,9 +439,6 @@ class _Planner:
         """A NIC that is plugged has lost its tap: QEMU holds on to one that is no longer there."""
         missing = switch.ports_missing(wish, self.lab, self._seen(wish.host).networks)
         return any(nic.tap in missing and nic.mac in facts.nics for nic in wish.nics)
-
-    def _elsewhere(self, wish: ResolvedGuest) -> str:
-        return next((seen.host for seen in self.observed.guests() if seen.name == wish.name), "")
 
     def _ports(self, wish: ResolvedGuest) -> tuple[str, ...]:
         host = wish.host
@@ -293,11 +469,13 @@ class _Planner:
     # -- what should not be --------------------------------------------------------------------------------------
 
     def _staying(self, host: str) -> list[GuestFacts]:
-        """Guests that should be elsewhere but stay on ``host``, as their new host does not answer."""
+        """Guests that should be elsewhere but stay on ``host``, as their new host does not answer; or that may be
+        here."""
         return [
             facts
             for facts in self._seen(host).guests
-            if (wish := self.lab.guests.get(facts.name)) and wish.host != host and not self._reachable(wish.host)
+            if (wish := self.lab.guests.get(facts.name))
+            and ((wish.host != host and not self._reachable(wish.host)) or facts.name in self._unclear)
         ]
 
     def leave(self, host: str) -> None:
@@ -335,3 +513,17 @@ class _Planner:
                     needs=(*guests_here, *removed),
                 )
             )
+
+
+def _membership(member: Membership) -> dict[str, object]:
+    """The parameters of ``network.ensure``."""
+    return {
+        "network": member.network.model_dump(mode="json"),
+        "local": member.local,
+        "peers": list(member.peers),
+        "forward": member.forward,
+    }
+
+
+def _addresses(peers: Iterable[str]) -> str:
+    return ", ".join(sorted(peers)) or "none"

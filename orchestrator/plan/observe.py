@@ -4,52 +4,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from orchestrator.errors import OrchestratorError, StateError, TakenError
 from orchestrator.guests.domain import GuestFacts
 from orchestrator.hosts.transport import HostFacts, Transport, client
-from orchestrator.images import store
+from orchestrator.images import labhost, store
 from orchestrator.plan.operations import ObservedHost, ObservedLab
 from orchestrator.spec.resolved import ResolvedLab
 from orchestrator.switch.bridge import NetworkFacts
 
+Tell = Callable[[str, str], None]
 
-def observe(lab: ResolvedLab, transports: Iterable[Transport], *, settle: bool = False) -> ObservedLab:
+
+def observe(lab: ResolvedLab, transports: Iterable[Transport], *, holder: Tell | None = None) -> ObservedLab:
     """What there is now. A host that does not answer is noted, and the others are asked all the same.
 
-    :param settle: wait first for calls that commands killed a moment ago have left; for who holds the lab alone.
-
+    :param holder: given by who holds the lab alone, and told of a host's name and what is done there: calls that
+        commands killed a moment ago have left are waited for, and a toolkit that is another than ours is replaced.
     :raise TakenError: a name of ours belongs to somebody else.
     """
     transports = list(transports)
     with ThreadPoolExecutor(max(1, len(transports)), "observe") as pool:
-        hosts = dict(pool.map(lambda transport: (transport.host.name, observe_host(transport, settle)), transports))
+        hosts = dict(pool.map(lambda transport: (transport.host.name, observe_host(transport, holder)), transports))
     names = {guest.image for guest in lab.guests.values()}
+    if any(host.spec.kind == "vagrant" for host in lab.hosts.values()):
+        names.add(labhost.NAME)
     cached = {name: store.find(name, lab.images.get(name), lab.file.parent) for name in names}
     return ObservedLab(hosts=hosts, images={name: image.id if image else None for name, image in cached.items()})
 
 
-def observe_host(transport: Transport, settle: bool) -> ObservedHost:
+def observe_host(transport: Transport, holder: Tell | None) -> ObservedHost:
     """One host: itself, then by its agent the networks and guests. An agent that has died is started again, as only
     it can tell."""
+    facts = HostFacts()
     try:
         facts = transport.facts()
         if not facts.present or facts.broken:
             return ObservedHost(facts)
+        if facts.outdated and holder:
+            transport.ensure(lambda text: holder(transport.host.name, text))
+            facts = transport.facts()
         if not facts.agent:
             transport.start_agent()
-            facts = HostFacts(present=True, agent=True, problems=facts.problems)
+            facts = replace(facts, agent=True)
         with client(transport) as agent:
-            if settle:
+            if holder:
                 agent.call("guest.settle")
             return ObservedHost(
                 facts=facts,
                 networks=tuple(NetworkFacts.from_json(data) for data in agent.call("network.facts")),
                 guests=tuple(GuestFacts.from_json(data) for data in agent.call("guest.facts")),
+                migrates=agent.call("migration.able"),
             )
     except (TakenError, StateError):
         raise
     except OrchestratorError as error:
-        return ObservedHost(problem=str(error))
+        why = f"{'; '.join(facts.problems)}; `orchestrator up` mends that ({error})" if facts.outdated else str(error)
+        return ObservedHost(problem=why)

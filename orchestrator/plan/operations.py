@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -24,6 +24,11 @@ class Impact(StrEnum):
     REMOVE = "remove"
 
 
+MIGRATE = "guest.migrate"
+"""Move a guest as it runs, from the operation's host: ``{guest, target, image, lose}``, where ``image`` is the id of
+the one that it runs from and ``lose`` names snapshots that may be lost."""
+
+
 @dataclass(frozen=True)
 class Undo:
     """The call that takes an operation back."""
@@ -38,8 +43,8 @@ class Operation:
 
     :param id: unique in its plan; ``needs`` of others refer to it.
     :param subject: what it is about, such as ``guest web``; what belongs together is rolled back together.
-    :param method: a call of the host's agent; ``host.ensure``, ``host.remove`` and ``image.ensure`` are carried
-        out by the command line.
+    :param method: a call of the host's agent; ``host.ensure``, ``host.remove``, ``image.ensure`` and
+        :data:`MIGRATE`, which takes two hosts, are carried out by the command line.
     :param image: name of the image whose files the call gets as its parameter ``image``.
     :param detail: what differs, one line each, ``key: observed → wished``.
     """
@@ -71,12 +76,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class ObservedHost:
-    """Everything observed of one host. ``problem`` is set where it did not answer."""
+    """Everything observed of one host. ``problem`` is set where it did not answer; ``migrates`` says whether it can
+    send and receive guests as they run, and is None where nobody could be asked yet."""
 
     facts: HostFacts = field(default_factory=HostFacts)
     networks: tuple[NetworkFacts, ...] = ()
     guests: tuple[GuestFacts, ...] = ()
     problem: str | None = None
+    migrates: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,28 @@ class Plan:
 
     def __bool__(self) -> bool:
         return bool(self.operations)
+
+    def only(self, wanted: Callable[[Operation], bool], after: Callable[[Operation], bool]) -> Plan:
+        """The operations that are ``wanted`` with all that they need, and of those that need them the ones that are
+        to come ``after`` them and need nothing else."""
+        following = {operation.id for operation in self.operations if wanted(operation)}
+        chosen = set(following)
+        for operation in reversed(self.operations):
+            if operation.id in chosen:
+                chosen.update(operation.needs)
+        for operation in self.operations:
+            if after(operation) and following.intersection(operation.needs) and chosen.issuperset(operation.needs):
+                following.add(operation.id)
+                chosen.add(operation.id)
+        return Plan(tuple(operation for operation in self.operations if operation.id in chosen), self.unreachable)
+
+    def alone(self, wanted: Callable[[Operation], bool]) -> Plan:
+        """Of the operations that are ``wanted`` those that need no others."""
+        chosen: dict[str, Operation] = {}
+        for operation in self.operations:
+            if wanted(operation) and chosen.keys() >= set(operation.needs):
+                chosen[operation.id] = operation
+        return Plan(tuple(chosen.values()), self.unreachable)
 
     def to_json(self) -> dict[str, Any]:
         return {

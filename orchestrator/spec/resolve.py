@@ -1,7 +1,8 @@
 """Lab file → resolved lab: the only place that decides on addresses, MACs and link names.
 
 Addresses are assigned in the order of the lab file, from the bottom of the network; the first address is the
-gateway's. An address that was assigned before is kept, so that a guest added in the middle moves nobody.
+gateway's. An address that was assigned before is kept, so that a guest added in the middle moves nobody. In the same
+way a guest stays where ``orchestrator migrate`` has put it, until the file names another host than it did then.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -25,6 +26,7 @@ from orchestrator.spec.resolved import (
     ResolvedLab,
     ResolvedNetwork,
     ResolvedNic,
+    carriers,
 )
 from orchestrator.switch.model import NetworkSpec, NicSpec
 
@@ -71,7 +73,7 @@ def resolve(spec: LabSpec, file: Path, previous: ResolvedLab | None = None) -> R
     :raise SpecError: a network has no address left, or a host's name cannot be looked up.
     """
     uid = names.lab_uid(spec.lab)
-    guests = _guests(spec, uid, previous.assignments() if previous else {})
+    guests = _guests(spec, uid, previous)
     return ResolvedLab(
         lab=spec.lab,
         uid=uid,
@@ -80,7 +82,10 @@ def resolve(spec: LabSpec, file: Path, previous: ResolvedLab | None = None) -> R
         underlay_prefix=spec.underlay.cidr.prefixlen,
         underlay_mtu=spec.underlay.mtu,
         hosts=_hosts(spec, previous),
-        networks={name: _network(name, network, spec, uid) for name, network in spec.networks.items()},
+        networks={
+            name: _network(name, network, spec, uid, carriers(name, spec.hosts, guests.values()))
+            for name, network in spec.networks.items()
+        },
         guests=guests,
         images=dict(spec.images),
     )
@@ -128,17 +133,10 @@ def _mtu(network: NetworkSpec, spec: LabSpec) -> int:
     return min(DEFAULT_MTU, carried - VXLAN_OVERHEAD) if len(spec.hosts) > 1 else DEFAULT_MTU
 
 
-def _network(name: str, network: NetworkSpec, spec: LabSpec, uid: str) -> ResolvedNetwork:
+def _network(name: str, network: NetworkSpec, spec: LabSpec, uid: str, hosts: list[str]) -> ResolvedNetwork:
     def gateway(cidr: Network | None) -> str | None:
         return f"{cidr.network_address + 1}/{cidr.prefixlen}" if cidr else None
 
-    carried_by = [
-        host
-        for host in spec.hosts
-        if any(
-            guest.host == host and any(nic.network == name for nic in guest.nics) for guest in spec.guests.values()
-        )
-    ]
     return ResolvedNetwork(
         name=name,
         vni=int(names.digest(uid, "vni", name, length=6), 16) or 1,
@@ -152,7 +150,7 @@ def _network(name: str, network: NetworkSpec, spec: LabSpec, uid: str) -> Resolv
         gateway_mac=names.mac(uid, "gateway", name),
         uplink=network.uplink,
         datapath=network.datapath,
-        hosts=carried_by,
+        hosts=hosts,
     )
 
 
@@ -200,14 +198,22 @@ def _addresses(
     return found
 
 
-def _guests(spec: LabSpec, uid: str, kept: Mapping[tuple[str, str, str], object]) -> dict[str, ResolvedGuest]:
+def _guests(spec: LabSpec, uid: str, previous: ResolvedLab | None) -> dict[str, ResolvedGuest]:
     macs = _macs(spec)
-    addresses = _addresses(spec, macs, kept)
-    return {name: _guest(name, spec, uid, macs, addresses) for name in spec.guests}
+    addresses = _addresses(spec, macs, previous.assignments() if previous else {})
+    return {name: _guest(name, _place(name, spec, previous), spec, uid, macs, addresses) for name in spec.guests}
+
+
+def _place(name: str, spec: LabSpec, previous: ResolvedLab | None) -> str:
+    """The host of a guest: the one that it was moved to, as long as the file says what it said then."""
+    home = spec.guests[name].host
+    before = previous.guests.get(name) if previous else None
+    return before.host if before and before.home == home and before.host in spec.hosts else home
 
 
 def _guest(
     name: str,
+    host: str,
     spec: LabSpec,
     uid: str,
     macs: Mapping[tuple[str, int], str],
@@ -235,7 +241,8 @@ def _guest(
         )
     return ResolvedGuest(
         name=name,
-        host=guest.host,
+        host=host,
+        home=guest.host,
         image=guest.image,
         vcpus=guest.vcpus.count,
         vcpus_max=guest.vcpus.max or guest.vcpus.count,

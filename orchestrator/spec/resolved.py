@@ -8,9 +8,12 @@ Everything here turns into JSON and back without loss.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from orchestrator.hosts.model import HostSpec
 from orchestrator.images.model import ImageSpec
@@ -43,8 +46,12 @@ class ResolvedDisk(Part):
 
 
 class ResolvedGuest(Part):
+    """A guest. ``host`` is where it belongs, ``home`` the host that the lab file names; they differ after
+    ``orchestrator migrate``."""
+
     name: str
     host: str
+    home: str
     image: str
     vcpus: int
     vcpus_max: int
@@ -63,6 +70,12 @@ class ResolvedGuest(Part):
     ready: str | None
     xml: str | None
     description: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_home(cls, data: Any) -> Any:
+        """What was written before guests could be moved has no ``home``."""
+        return {"home": data["host"], **data} if isinstance(data, dict) and "host" in data else data
 
 
 class ResolvedNetwork(Part):
@@ -91,6 +104,12 @@ class ResolvedHost(Part):
     underlay: str
 
 
+def carriers(network: str, hosts: Iterable[str], guests: Iterable[ResolvedGuest]) -> list[str]:
+    """Those of ``hosts`` that carry ``network``: the ones with a guest on it."""
+    used = {guest.host for guest in guests if any(nic.network == network for nic in guest.nics)}
+    return [host for host in hosts if host in used]
+
+
 class ResolvedLab(Part):
     lab: str
     uid: str
@@ -104,6 +123,15 @@ class ResolvedLab(Part):
     images: dict[str, ImageSpec]
     former_hosts: dict[str, ResolvedHost] = {}
     """Hosts that were in the lab and could not be cleared yet."""
+
+    def with_guest(self, guest: ResolvedGuest) -> ResolvedLab:
+        """The lab with ``guest`` in place of the one of that name, and each network where it is needed then."""
+        guests = {**self.guests, guest.name: guest}
+        networks = {
+            name: network.model_copy(update={"hosts": carriers(name, self.hosts, guests.values())})
+            for name, network in self.networks.items()
+        }
+        return self.model_copy(update={"guests": guests, "networks": networks})
 
     def guests_of(self, host: str) -> list[ResolvedGuest]:
         return [guest for guest in self.guests.values() if guest.host == host]

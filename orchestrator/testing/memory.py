@@ -12,7 +12,10 @@ wait until the call is given up.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+import queue
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -20,11 +23,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from orchestrator.errors import GuestError, HostError, NetworkError, StateError
+from orchestrator.errors import CancelledError, GuestError, HostError, NetworkError, StateError
 from orchestrator.guests.domain import GuestFacts, GuestImage
 from orchestrator.hosts.rpc import Call, Progress, Server, Stream
 from orchestrator.hosts.transport import HostFacts
-from orchestrator.plan.operations import ObservedHost, ObservedLab, Operation
+from orchestrator.plan.operations import MIGRATE, ObservedHost, ObservedLab, Operation
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab, ResolvedNetwork, ResolvedNic
 from orchestrator.switch import control as switch
 from orchestrator.switch.bridge import Membership, NetworkFacts
@@ -102,6 +105,7 @@ def perfect(lab: ResolvedLab) -> ObservedLab:
             facts=HostFacts(present=True, agent=True),
             networks=tuple(networks),
             guests=tuple(_guest_facts(guest, image_id(guest.image)) for guest in lab.guests_of(name)),
+            migrates=lab.hosts[name].spec.kind != "local",
         )
     return ObservedLab(hosts=hosts, images={guest.image: image_id(guest.image) for guest in lab.guests.values()})
 
@@ -121,6 +125,8 @@ class MemoryHost:
         self.facts = observed.facts
         self.networks = {facts.name: facts for facts in observed.networks}
         self.guests = {facts.name: facts for facts in observed.guests}
+        self.migrates = observed.migrates
+        self.links: dict[str, tuple[queue.SimpleQueue[bytes], queue.SimpleQueue[bytes]]] = {}
         self.on_call: OnCall = lambda method, call, params: None
         self.calls: list[str] = []
 
@@ -128,13 +134,18 @@ class MemoryHost:
         if self.problem:
             return ObservedHost(problem=self.problem)
         return copy.deepcopy(
-            ObservedHost(self.facts, networks=tuple(self.networks.values()), guests=tuple(self.guests.values()))
+            ObservedHost(
+                self.facts,
+                networks=tuple(self.networks.values()),
+                guests=tuple(self.guests.values()),
+                migrates=self.migrates,
+            )
         )
 
     def methods(self) -> dict[str, Callable[..., Any]]:
         """The calls by name."""
         found = {}
-        for kind in ("host", "network", "port", "guest"):
+        for kind in ("host", "network", "port", "guest", "migration"):
             for name in dir(self):
                 if name.startswith(f"{kind}_"):
                     found[name.replace("_", ".", 1)] = getattr(self, name)
@@ -143,6 +154,8 @@ class MemoryHost:
     def register(self, server: Server) -> None:
         for method in self.methods():
             server.register(method, partial(self._answer, method))
+        server.register_stream("migration.receive", self._receive)
+        server.register_stream("migration.link", self._link)
 
     def _answer(self, method: str, call: Call, **params: Any) -> Any:
         return self.answer(method, call, params)
@@ -232,6 +245,13 @@ class MemoryHost:
         total = max(before.memory_total, wish.memory)
         self.guests[wish.name] = replace(after, state=before.state, ready=before.ready, memory_total=total)
 
+    def guest_unplug(self, call: Call, guest: str, nics: list[str], disks: list[str]) -> None:
+        facts = self._running(guest)
+        facts.nics = [mac for mac in facts.nics if mac not in nics]
+        facts.disks = [name for name in facts.disks if name not in disks]
+        facts.wish["nics"] = [nic for nic in facts.wish["nics"] if nic["mac"] not in nics]
+        facts.wish["disks"] = [disk for disk in facts.wish["disks"] if disk["name"] not in disks]
+
     def guest_stop(self, call: Call, guest: str, timeout: float = 20, hard: bool = False) -> str:
         facts = self._running(guest)
         facts.state, facts.ready = "off", False
@@ -251,6 +271,89 @@ class MemoryHost:
     def guest_remove(self, call: Call, guest: str, keep_disks: bool = False) -> None:
         self.guests.pop(guest, None)
 
+    # -- migration: what two libvirts say to each other is a guest's facts there, and one word back ----------------
+
+    def migration_able(self, call: Call) -> bool:
+        return bool(self.migrates)
+
+    def migration_describe(self, call: Call, guest: str, lose: list[str]) -> dict[str, Any]:
+        facts = self._running(guest)
+        if set(facts.snapshots) - set(lose):
+            raise StateError(f"guest {guest}: its snapshots cannot go along")
+        return {"running": facts.state == "running"}
+
+    def migration_send(
+        self, call: Call, guest: str, link: str, described: dict[str, Any], address: str, bandwidth: int = 0
+    ) -> dict[str, Any]:
+        answers, sent = self.links[link]
+        sent.put(json.dumps(replace(self._running(guest), snapshots=[]).to_json()).encode() + b"\n")
+        call.progress("memory: 1 MiB sent, 0 MiB left, 1 MiB/s, pass 1")
+        while True:
+            with contextlib.suppress(queue.Empty):
+                if answers.get(timeout=0.02) == b"finished\n":
+                    break
+                raise GuestError(f"guest {guest} stays where it is: the other side has gone")
+            if call.cancelled:
+                raise CancelledError("given up by the caller")
+        del self.guests[guest]
+        return {"stopped": 0.0, "disk": 0, "log": ""}
+
+    def migration_arrive(self, call: Call, guest: str, resume: bool = True, log: str = "") -> dict[str, Any]:
+        facts = self._running(guest)
+        facts.arriving_from = None
+        if resume:
+            facts.state, facts.ready = "running", True
+        return {"running": 0.0, "memory": 1 << 20, "passes": 1}
+
+    def migration_clear(self, call: Call, guest: str) -> None:
+        pass
+
+    def migration_keeps(self, call: Call, guest: str) -> bool:
+        return guest in self.guests
+
+    def migration_discard(self, call: Call, guest: str) -> None:
+        if guest in self.guests and self.guests[guest].arriving_from is not None:
+            del self.guests[guest]
+
+    def _link(self, open_stream: Callable[[Any], Stream], guest: str) -> None:
+        name = f"link-{guest}"
+        answers, sent = self.links[name] = (queue.SimpleQueue(), queue.SimpleQueue())
+        stream = open_stream(name)
+
+        def pass_on() -> None:
+            with contextlib.suppress(OSError):
+                stream.sendall(sent.get())
+
+        sender = threading.Thread(target=pass_on, name=name, daemon=True)
+        sender.start()
+        answers.put(stream.recv(1 << 16))
+        sent.put(b"")
+        sender.join()
+
+    def _receive(
+        self,
+        open_stream: Callable[[Any], Stream],
+        guest: str,
+        source: str,
+        described: dict[str, Any],
+        image: dict[str, Any],
+    ) -> None:
+        self.calls.append("migration.receive")
+        self.on_call("migration.receive", Call(lambda text: None), {"guest": guest, "source": source})
+        if guest in self.guests:
+            raise StateError(f"guest {guest} is on host {self.name} already")
+        stream, said = open_stream({}), b""
+        while not said.endswith(b"\n"):
+            part = stream.recv(1 << 16)
+            if not part:
+                return
+            said += part
+        facts = GuestFacts.from_json(json.loads(said))
+        arriving = replace(facts, host=self.name, state="paused", ready=False, arriving_from=source)
+        self.guests[guest] = replace(arriving, wish={**facts.wish, "host": self.name})
+        stream.sendall(b"finished\n")
+        stream.recv(1)
+
 
 class MemoryTransport:
     """A :class:`~orchestrator.hosts.transport.Transport` to a host in memory."""
@@ -269,7 +372,7 @@ class MemoryTransport:
         self._answers()
         return self.memory.facts
 
-    def ensure(self, progress: Progress) -> None:
+    def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
         self._answers()
         progress("in memory")
         self.memory.facts = HostFacts(present=True, agent=True)
@@ -277,6 +380,9 @@ class MemoryTransport:
     def start_agent(self) -> None:
         self._answers()
         self.memory.facts = replace(self.memory.facts, agent=True)
+
+    def halt(self, progress: Progress) -> None:
+        pass  # it is not ours to power off
 
     def remove(self, progress: Progress) -> None:
         self._answers()
@@ -328,7 +434,9 @@ class MemoryLab:
             self.images[operation.params["name"]] = image_id(operation.params["name"])
             return
         host = self.host(operation.host)
-        if operation.method == "host.ensure":
+        if operation.method == MIGRATE:
+            self._migrate(host, self.host(operation.params["target"]), operation.params["guest"])
+        elif operation.method == "host.ensure":
             host.facts = HostFacts(present=True, agent=True)
         elif operation.method == "host.remove":
             self.hosts[operation.host] = MemoryHost(operation.host)
@@ -339,3 +447,15 @@ class MemoryLab:
             if operation.method in ("guest.start", "guest.restart"):
                 params["keys"] = []
             host.answer(operation.method, Call(lambda text: None), params)
+
+    def _migrate(self, source: MemoryHost, target: MemoryHost, guest: str) -> None:
+        call = Call(lambda text: None)
+        facts = source._running(guest)
+        wish = ResolvedGuest.model_validate(facts.wish)
+        target._have_taps(wish.model_copy(update={"nics": [nic for nic in wish.nics if nic.mac in facts.nics]}))
+        if guest in target.guests:
+            raise StateError(f"guest {guest} is on host {target.name} already")
+        source.answer("migration.describe", call, {"guest": guest, "lose": facts.snapshots})
+        target.guests[guest] = replace(
+            source.guests.pop(guest), host=target.name, snapshots=[], wish={**facts.wish, "host": target.name}
+        )

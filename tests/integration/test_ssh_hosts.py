@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -230,36 +231,94 @@ def test_sshd_killed_under_a_running_lab_then_back(machines: Machines, sandbox: 
     assert "nothing to do" in healed.stderr
 
 
-def test_toolkit_is_installed_where_it_is_missing(sandbox: Sandbox) -> None:
-    """On loopback, where the package index can be reached as on a real host."""
-    folder = sandbox.folder
+PORT = "52022"
+
+
+@contextlib.contextmanager
+def sshd_here(folder: Path) -> Iterator[str]:
+    """An SSH server of this machine itself; the fields of an ssh host that reaches it."""
     for name in ("id", "host"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name)
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    port = "52022"
     (folder / "sshd.conf").write_text(
-        f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/id.pub\n"
+        f"ListenAddress 127.0.0.1:{PORT}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/id.pub\n"
         f"PidFile {folder}/sshd.pid\nPasswordAuthentication no\nUsePAM no\nStrictModes no\n"
-        "PermitRootLogin yes\nSubsystem sftp internal-sftp\nPermitUserEnvironment yes\n"
+        "PermitRootLogin yes\nSubsystem sftp internal-sftp\n"
         f"SetEnv ORCHESTRATOR_STATE={folder}/far/state ORCHESTRATOR_CACHE={folder}/far/cache "
-        f"ORCHESTRATOR_RUN=/run/orcs-install PATH={os.environ['PATH']}\n"
+        f"ORCHESTRATOR_RUN=/run/orcs-here PATH={os.environ['PATH']}\n"
     )
     _run(shutil.which("sshd") or "/usr/sbin/sshd", "-f", folder / "sshd.conf")
     pid = int(_wait_for(folder / "sshd.pid"))
     try:
-        (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
+        (folder / "known").write_text(f"[127.0.0.1]:{PORT} {(folder / 'host.pub').read_text()}")
+        server = f"kind: ssh, address: 127.0.0.1, port: {PORT}, libvirt: embed"
+        yield f"{server}, key: {folder}/id, known_hosts: {folder}/known"
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        shutil.rmtree("/run/orcs-here", ignore_errors=True)
+
+
+def test_toolkit_is_installed_where_it_is_missing(sandbox: Sandbox) -> None:
+    folder = sandbox.folder
+    with sshd_here(folder) as reached:
         file = sandbox.file(
-            f"lab: install\nhosts: {{far: {{kind: ssh, address: 127.0.0.1, port: {port}, key: {folder}/id, "
-            f"known_hosts: {folder}/known, toolkit: {folder}/toolkit/bin/orchestrator, libvirt: embed}}}}\n"
-            "guests: {}\n"
+            f"lab: install\nhosts: {{far: {{{reached}, toolkit: {folder}/toolkit/bin/orchestrator}}}}\n"
+            "networks: {lan: {ipv4: 10.80.0.0/24}}\nguests: {ann: {host: far, memory: 192M, nics: [lan]}}\n"
         )
+        before = set(Path("/tmp").glob("tmp.*"))
         sandbox.run("up", "-f", file)
         version = subprocess.run([folder / "toolkit/bin/orchestrator", "--version"], capture_output=True, text=True)
         again = sandbox.run("up", "-f", file)
+        name = sandbox.exec("ann", "hostname")
         sandbox.run("down", "-f", file)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        shutil.rmtree("/run/orcs-install", ignore_errors=True)
 
     assert version.returncode == 0, version.stderr
     assert "nothing to do" in again.stderr
+    assert name == "ann\n"
+    assert set(Path("/tmp").glob("tmp.*")) <= before
+
+
+@pytest.fixture
+def user() -> Iterator[str]:
+    """An ordinary user of this machine, for one test."""
+    name = "orc-test-user"
+    rights = Path("/etc/sudoers.d") / name
+    _run("useradd", "--create-home", "--password", "*", "--shell", "/bin/sh", name)
+    try:
+        yield name
+    finally:
+        rights.unlink(missing_ok=True)
+        subprocess.run(["userdel", "--remove", "--force", name], capture_output=True)
+
+
+def may_sudo(user: str) -> None:
+    rights = Path("/etc/sudoers.d") / user
+    places = "ORCHESTRATOR_STATE ORCHESTRATOR_CACHE ORCHESTRATOR_RUN"
+    rights.write_text(f'Defaults:{user} env_keep += "{places}"\n{user} ALL=(ALL) NOPASSWD: ALL\n')
+    rights.chmod(0o440)
+
+
+def test_user_who_may_sudo_brings_a_lab_up(sandbox: Sandbox, user: str) -> None:
+    with sshd_here(sandbox.folder) as reached:
+        file = sandbox.file(
+            f"lab: sudo\nhosts: {{far: {{{reached}, user: {user}, toolkit: {TOOLKIT}}}}}\n"
+            "networks: {lan: {ipv4: 10.80.0.0/24}}\nguests: {ann: {host: far, memory: 192M, nics: [lan]}}\n"
+        )
+        refused = sandbox.run("plan", "-f", file, status=4)
+        may_sudo(user)
+        sandbox.run("up", "-f", file)
+        name = sandbox.exec("ann", "hostname")
+        sandbox.run("down", "-f", file)
+
+    assert f"{user} cannot become root there" in refused.stdout
+    assert name == "ann\n"
+
+
+def test_refused_sudo_comes_with_a_hint(sandbox: Sandbox, user: str) -> None:
+    with sshd_here(sandbox.folder) as reached:
+        file = sandbox.file(f"lab: sudo\nhosts: {{far: {{{reached}, user: {user}}}}}\nguests: {{}}\n")
+        refused = sandbox.run("host", "provision", "far", "-f", file, status=4)
+
+    assert "cannot become root there" in refused.stderr
+    assert f"{user} ALL=(ALL) NOPASSWD: ALL" in refused.stderr
+    assert "a password is required" in refused.stderr

@@ -25,6 +25,7 @@ NETWORKS = ("lan", "wan", "san")
 GUESTS = ("ann", "bob", "eve", "dan")
 DISKS = ("data", "logs")
 MIB = 1 << 20
+KINDS = ("local", "ssh")
 
 
 def resolved(data: Mapping[str, Any], previous: ResolvedLab | None = None) -> ResolvedLab:
@@ -66,6 +67,10 @@ def guest_image(**settings: Any) -> GuestImage:
 # -- generated labs --------------------------------------------------------------------------------------------------
 
 
+def host_of_kind(name: str, kind: str) -> dict[str, Any]:
+    return {} if kind == "local" else {"kind": kind, "address": f"192.0.2.{HOSTS.index(name) + 1}"}
+
+
 @st.composite
 def _guest(draw: st.DrawFn, hosts: list[str], networks: list[str]) -> dict[str, Any]:
     memory, vcpus = draw(st.integers(1, 4)), draw(st.integers(1, 3))
@@ -98,9 +103,10 @@ def lab_files(draw: st.DrawFn) -> dict[str, Any]:
     hosts = draw(st.lists(st.sampled_from(HOSTS), min_size=1, unique=True))
     networks = draw(st.lists(st.sampled_from(NETWORKS), unique=True, max_size=2))
     guests = draw(st.lists(st.sampled_from(GUESTS), unique=True, max_size=3))
+    kind = draw(st.sampled_from(KINDS))
     return {
         "lab": "made",
-        "hosts": {name: {} for name in hosts},
+        "hosts": {name: host_of_kind(name, kind) for name in hosts},
         "networks": {name: draw(_network(name)) for name in networks},
         "guests": {name: draw(_guest(hosts, networks)) for name in guests},
     }
@@ -114,7 +120,8 @@ def edits(draw: st.DrawFn, data: dict[str, Any]) -> dict[str, Any]:
         hosts, networks, guests = (data[section] for section in ("hosts", "networks", "guests"))
         kind = draw(st.sampled_from(["host", "no host", "network", "no network", "guest", "no guest", "setting"]))
         if kind == "host":
-            hosts.setdefault(draw(st.sampled_from(HOSTS)), {})
+            name = draw(st.sampled_from(HOSTS))
+            hosts.setdefault(name, host_of_kind(name, next(iter(hosts.values())).get("kind", "local")))
         elif kind == "no host" and len(hosts) > 1:
             gone = draw(st.sampled_from(sorted(hosts)))
             del hosts[gone]

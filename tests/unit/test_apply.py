@@ -20,10 +20,10 @@ from orchestrator.hosts.rpc import Stream
 from orchestrator.images import store
 from orchestrator.images.store import Image
 from orchestrator.plan.build import build, build_removal
-from orchestrator.plan.operations import Impact, Operation, Plan, Undo
+from orchestrator.plan.operations import MIGRATE, Impact, ObservedLab, Operation, Plan, Undo
 from orchestrator.spec.resolved import ResolvedLab
 from orchestrator.testing import MemoryLab, MemoryTransport, image_id, perfect
-from tests.unit.labs import demo
+from tests.unit.labs import demo, resolved
 
 SOON = 10.0  # seconds; no test waits that long unless it fails
 
@@ -589,3 +589,109 @@ def test_executor_shares_one_connection_for_each_host(run: Run, monkeypatch: pyt
         executor.call(host, "guest.facts", {})
 
     assert opened == ["alpha", "beta"]
+
+
+# -- guests that move ------------------------------------------------------------------------------------------------
+
+
+def test_stop_takes_back_what_was_made_for_a_move_and_nothing_after_it() -> None:
+    stop = Stop()
+    move = Operation(
+        id="move",
+        host="alpha",
+        subject="guest ann",
+        summary="move",
+        impact=Impact.LIVE,
+        method=MIGRATE,
+        needs=("taps",),
+    )
+    steps = [operation("taps", subject="guest ann", undo=True), move]
+
+    outcome, recorder = carry_out(steps, {"move": stop.wait}, stop=stop)
+
+    assert ids(outcome.skipped) == ["move"]
+    assert [method for _, method, _ in recorder.undone] == ["undo.taps"]
+
+
+def test_whoever_asked_is_told_of_what_was_done_in_the_thread_that_asked() -> None:
+    told: list[tuple[str, str]] = []
+    plan = Plan((operation("a"), operation("b"), operation("c", "b")))
+    recorder = Recorder({"b": fails()})
+
+    apply(
+        plan,
+        recorder,  # type: ignore[arg-type]
+        recorder,
+        jobs=2,
+        done=lambda each: told.append((each.id, threading.current_thread().name)),
+    )
+
+    assert told == [("a", threading.current_thread().name)]
+
+
+@pytest.fixture
+def pair(images: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Two machines that can send and receive guests; ``ann`` is on the first."""
+    made = Run()
+    hosts = {
+        name: {"kind": "ssh", "address": f"192.0.2.{number}"} for number, name in enumerate(("alpha", "beta"), 1)
+    }
+    data = {"lab": "far", "hosts": hosts, "networks": {"lan": {"ipv4": "10.1.0.0/24"}}}
+    made.lab = resolved({**data, "guests": {"ann": {"host": "alpha", "nics": ["lan"]}}})
+    made.memory = MemoryLab(perfect(made.lab))
+    monkeypatch.setattr(
+        store, "find", lambda name, *_: store.ensure(name, None, base=Path(), progress=lambda _: None)
+    )
+    yield made
+    for executor in made.executors:
+        executor.close()
+
+
+def elsewhere(run: Run) -> ResolvedLab:
+    return run.lab.with_guest(run.lab.guests["ann"].model_copy(update={"host": "beta"}))
+
+
+def test_guest_moves_by_way_of_both_agents(pair: Run) -> None:
+    wish = elsewhere(pair)
+
+    outcome = apply(build(wish, pair.memory.observe()), pair.executor(wish), Recorder(), jobs=4)
+
+    assert outcome.failed == []
+    assert {name: sorted(host.guests) for name, host in pair.memory.hosts.items()} == {"alpha": [], "beta": ["ann"]}
+    assert outcome.results["guest ann to beta"]["target"] == "beta"
+    assert not build(wish, pair.memory.observe())
+
+
+def test_move_that_fails_leaves_the_guest_and_the_next_try_works(pair: Run) -> None:
+    wish = elsewhere(pair)
+
+    def no_room(method: str, call: Any, params: Mapping[str, Any]) -> None:
+        if method == "migration.receive":
+            raise GuestError("no room")
+
+    pair.memory.host("beta").on_call = no_room
+    first = apply(build(wish, pair.memory.observe()), pair.executor(wish), Recorder(), jobs=4)
+    left = pair.memory.host("alpha").guests["ann"].state
+    pair.memory.host("beta").on_call = lambda *_: None
+
+    second = apply(build(wish, pair.memory.observe()), pair.executor(wish), Recorder(), jobs=4)
+
+    assert [failed.id for failed, _ in first.failed] == ["guest ann to beta"]
+    assert left == "running"
+    assert second.failed == []
+    assert not build(wish, pair.memory.observe())
+
+
+def test_guest_whose_image_is_no_longer_there_cannot_move(pair: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    wish = elsewhere(pair)
+    pair.memory.host("alpha").guests["ann"].image = "tiny-ffffffffffff"
+    monkeypatch.setattr(store, "all_images", lambda: [])
+    observed = pair.memory.observe()
+    plan = build(wish, ObservedLab(observed.hosts, {"tiny": None}))
+
+    outcome = apply(plan, pair.executor(wish), Recorder(), jobs=4)
+
+    ((failed, error),) = outcome.failed
+    assert failed.method == MIGRATE
+    assert "runs from tiny-ffffffffffff, which is no longer in the cache" in str(error)
+    assert pair.memory.host("alpha").guests["ann"].state == "running"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from orchestrator import __version__
 from orchestrator.cli import app as cli_app
 from orchestrator.cli import output, session, tools
 from orchestrator.cli.session import complete_guests, complete_labs
-from orchestrator.errors import GuestError
+from orchestrator.errors import GuestError, HostError
 from orchestrator.hosts.transport import HostFacts
 from orchestrator.images import store
 from orchestrator.images.store import Image
@@ -116,9 +116,11 @@ def test_commands_are_those_that_are_documented() -> None:
     assert {" ".join(path) for path in COMMANDS if path} == {
         "plan", "up", "down", "status", "inspect", "reach", "graph", "inventory", "ssh-config",
         "console", "exec", "ssh", "connect", "logs", "events", "pause", "resume", "start", "stop", "restart",
+        "migrate", "guest", "guest migrate",
         "snapshot", "snapshot save", "snapshot restore", "snapshot list", "snapshot delete",
         "image", "image list", "image build", "image prune", "box", "box list", "box build", "box prune",
-        "host", "host list", "host facts", "host doctor", "doctor", "schema",
+        "host", "host list", "host facts", "host doctor", "host provision", "host snapshot", "host snapshot save",
+        "host snapshot restore", "host snapshot list", "host snapshot delete", "doctor", "schema",
     }  # fmt: skip
 
 
@@ -707,3 +709,238 @@ def test_shell_completes_commands_guests_and_values(places: Path, words: str, ex
     done = subprocess.run([program], env={**os.environ, **asked}, capture_output=True, text=True, check=False)
 
     assert set(done.stdout.split()) == expected
+
+
+# -- migrate ---------------------------------------------------------------------------------------------------------
+
+FAR: dict[str, Any] = {
+    "lab": "far",
+    "hosts": {name: {"kind": "ssh", "address": f"192.0.2.{number}"} for number, name in enumerate(("one", "two"), 1)},
+    "networks": {"lan": {"ipv4": "10.1.0.0/24"}},
+    "guests": {"web": {"host": "one", "nics": ["lan"]}, "eve": {"host": "one", "nics": ["lan"]}},
+}
+
+
+@pytest.fixture
+def far(cli: Cli, memory: MemoryLab) -> MemoryLab:
+    """A lab of two machines is up, with both guests on the first."""
+    for name in ("one", "two"):
+        memory.host(name).migrates = True
+    write_lab(FAR)
+    cli("up")
+    return memory
+
+
+def with_web_on(host: str, **more: Any) -> dict[str, Any]:
+    return {**FAR, "guests": {**FAR["guests"], "web": {**FAR["guests"]["web"], "host": host, **more}}}
+
+
+@pytest.mark.parametrize("words", [["migrate"], ["guest", "migrate"]], ids=" ".join)
+def test_migrate_moves_a_guest_and_says_how_it_went(cli: Cli, far: MemoryLab, words: list[str]) -> None:
+    shown = cli(*words, "web", "two")
+
+    assert guests(far) == {"one": ["eve"], "two": ["web"]}
+    assert "guest web went from one to two in" in shown.err
+    assert "stood still for" in shown.err
+    assert "guest.remove" not in far.host("one").calls
+    assert "web" not in str(far.host("one").networks["lan"].ports)
+
+
+def test_migrate_gives_its_report_as_json(cli: Cli, far: MemoryLab) -> None:
+    report = cli("migrate", "web", "two", "-o", "json").json()
+
+    assert (report["guest"], report["source"], report["target"]) == ("web", "one", "two")
+    assert {"seconds", "downtime_seconds", "memory_bytes", "disk_bytes", "passes"} <= set(report)
+
+
+def test_moved_guest_is_found_and_stays(cli: Cli, far: MemoryLab) -> None:
+    cli("migrate", "web", "two")
+
+    up = cli("up")
+    plan = cli("plan")
+    status = cli("status")
+    cli("pause", "web")
+    observed = next(each for each in cli("status", "-o", "json").json()["guests"] if each["name"] == "web")
+
+    assert "nothing to do" in up.err
+    assert "guest web was moved to two; the file says one" in plan.err
+    assert "two (file: one)" in status.out
+    assert (observed["host"], observed["home"], observed["state"]) == ("two", "one", "paused")
+
+
+def test_moved_guest_goes_where_the_file_says_when_it_changes(cli: Cli, far: MemoryLab) -> None:
+    cli("migrate", "web", "two")
+    write_lab(with_web_on("two"))
+    adopted = cli("up")
+    write_lab(with_web_on("one"))
+    plan = cli("plan")
+    up = cli("up")
+
+    assert "nothing to do" in adopted.err
+    assert "live     guest web on two: move to one" in plan.out
+    assert "move to one" in up.err
+    assert guests(far) == {"one": ["eve", "web"], "two": []}
+
+
+def test_migrate_to_where_the_guest_is_does_nothing(cli: Cli, far: MemoryLab) -> None:
+    shown = cli("migrate", "web", "one")
+
+    assert "guest web is on host one" in shown.err
+    assert guests(far) == {"one": ["eve", "web"], "two": []}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["bob", "two"], "has no guest bob"), (["web", "three"], "has no host three")],
+    ids=["guest", "host"],
+)
+def test_migrate_of_what_is_not_there(cli: Cli, far: MemoryLab, words: list[str], message: str) -> None:
+    assert message in cli("migrate", *words, status=1).err
+
+
+def test_migrate_between_hosts_of_this_machine_says_why_not(cli: Cli, up: MemoryLab) -> None:
+    shown = cli("migrate", "ann", "beta", status=1)
+
+    assert "guest ann cannot move as it runs: host alpha has no libvirtd" in shown.err
+    assert "up --yes" in shown.err
+
+
+def test_migrate_of_a_guest_that_is_off_says_so(cli: Cli, far: MemoryLab) -> None:
+    cli("stop", "web")
+
+    assert "guest web cannot move as it runs: it is off" in cli("migrate", "web", "two", status=1).err
+
+
+def test_migrate_to_a_host_that_does_not_answer(cli: Cli, far: MemoryLab) -> None:
+    far.host("two").problem = "no route to host"
+
+    assert "host two: no route to host" in cli("migrate", "web", "two", status=4).err
+
+
+def test_migrate_does_nothing_else(cli: Cli, far: MemoryLab) -> None:
+    far.host("one").guests["web"].state = "paused"
+    far.host("one").guests["eve"].state = "off"
+
+    cli("migrate", "web", "two")
+
+    assert far.host("two").guests["web"].state == "paused"
+    assert far.host("one").guests["eve"].state == "off"
+
+
+def test_migrate_that_fails_leaves_nothing_and_the_guest_is_found(cli: Cli, far: MemoryLab) -> None:
+    def no_room(method: str, call: Any, params: Mapping[str, Any]) -> None:
+        if method == "migration.receive":
+            raise GuestError("guest web needs 9 MiB of disk", hint="free some")
+
+    far.host("two").on_call = no_room
+
+    failed = cli("migrate", "web", "two", status=1)
+    cli("pause", "web")
+    again = cli("up")
+
+    assert "needs 9 MiB of disk" in failed.err
+    assert "free some" in failed.err
+    assert guests(far) == {"one": ["eve", "web"], "two": []}
+    assert not far.host("two").networks
+    assert "resume" in again.err
+
+
+def test_migrate_loses_snapshots_only_if_told_to(cli: Cli, far: MemoryLab) -> None:
+    far.host("one").guests["web"].snapshots = ["clean"]
+
+    refused = cli("migrate", "web", "two", status=1)
+    stayed = guests(far)
+    cli("migrate", "web", "two", "--yes")
+
+    assert "snapshot clean: does not move" in refused.out
+    assert "--yes" in refused.err
+    assert stayed == {"one": ["eve", "web"], "two": []}
+    assert guests(far) == {"one": ["eve"], "two": ["web"]}
+
+
+def test_up_that_cannot_move_a_guest_still_finds_it(cli: Cli, far: MemoryLab) -> None:
+    def no_room(method: str, call: Any, params: Mapping[str, Any]) -> None:
+        if method == "migration.receive":
+            raise GuestError("no room")
+
+    far.host("two").on_call = no_room
+    write_lab(with_web_on("two"))
+
+    cli("up", status=1)
+    cli("pause", "web")  # on the host where it is
+    paused = far.host("one").guests["web"].state
+    far.host("two").on_call = lambda *_: None
+    cli("up")
+
+    assert paused == "paused"
+    assert guests(far) == {"one": ["eve"], "two": ["web"]}
+    assert far.host("two").guests["web"].state == "running"
+
+
+def cut_short(cli: Cli, far: MemoryLab, *, handed_over: bool) -> None:
+    """As a command leaves it that was killed while ``web`` went to host two."""
+    if handed_over:
+
+        def gone(method: str, call: Any, params: Mapping[str, Any]) -> None:
+            if method == "migration.arrive":
+                raise HostError("the agent ended")
+
+        far.host("two").on_call = gone
+        cli("migrate", "web", "two", status=1)
+        far.host("two").on_call = lambda *_: None
+        assert "web" not in far.host("one").guests
+    else:
+        facts = far.host("one").guests["web"]
+        far.host("two").guests["web"] = replace(facts, host="two", state="paused", ready=False, arriving_from="one")
+    assert far.host("two").guests["web"].arriving_from == "one"
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_move_that_was_cut_short_is_healed_by_up(cli: Cli, far: MemoryLab, handed_over: bool) -> None:
+    cut_short(cli, far, handed_over=handed_over)
+
+    cli("up")
+    again = cli("up")
+
+    assert guests(far) == {"one": ["eve", "web"], "two": []}
+    assert far.host("one").guests["web"].state == "running"
+    assert "nothing to do" in again.err
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_move_that_was_cut_short_is_finished_by_the_same_command(cli: Cli, far: MemoryLab, handed_over: bool) -> None:
+    cut_short(cli, far, handed_over=handed_over)
+
+    cli("migrate", "web", "two")
+    again = cli("up")
+
+    assert guests(far) == {"one": ["eve"], "two": ["web"]}
+    assert far.host("two").guests["web"].state == "running"
+    assert "nothing to do" in again.err
+
+
+def test_move_that_was_cut_short_is_left_alone_while_its_source_does_not_answer(cli: Cli, far: MemoryLab) -> None:
+    cut_short(cli, far, handed_over=True)
+    far.host("one").problem = "no route to host"
+
+    cli("up", status=4)
+    refused = cli("migrate", "web", "two", status=1)
+
+    assert far.host("two").guests["web"].arriving_from == "one"
+    assert "cannot both be asked now: one: no route to host" in refused.err
+
+
+def test_status_tells_a_guest_from_the_copy_of_a_move_that_was_cut_short(cli: Cli, far: MemoryLab) -> None:
+    cut_short(cli, far, handed_over=False)
+
+    (web,) = (each for each in cli("status", "-o", "json").json()["guests"] if each["name"] == "web")
+
+    assert (web["host"], web["state"]) == ("one", "running")
+
+
+def test_down_in_the_middle_of_a_move_removes_both_copies(cli: Cli, far: MemoryLab) -> None:
+    cut_short(cli, far, handed_over=False)
+
+    cli("down")
+
+    assert guests(far) == {}

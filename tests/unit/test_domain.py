@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -25,6 +26,7 @@ from tests.unit.labs import ann, guest_image, lab_files, resolved
 
 IDENTITY = Identity(lab="one", uid="0123abcd", host="alpha")
 FOLDER = Path("/state/guests/ann")
+DATA = Path(__file__).parent / "data" / "domain"
 
 # What XML 1.0 can carry; a carriage return would come back as a new line.
 LEGAL = st.text(
@@ -380,7 +382,7 @@ def test_metadata_changed_while_the_guest_runs_is_read_back(memory_driver: libvi
 
     dom.setMetadata(
         libvirt.VIR_DOMAIN_METADATA_ELEMENT,
-        metadata_xml(guest, guest_image(id="tiny-2"), IDENTITY),
+        metadata_xml(guest, "tiny-2", "agent", IDENTITY),
         "orchestrator",
         domain.NAMESPACE,
         libvirt.VIR_DOMAIN_AFFECT_CONFIG,
@@ -418,3 +420,43 @@ def test_facts_survive_the_way_to_the_command_line() -> None:
 
     assert GuestFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
     assert facts.to_json() == asdict(facts)
+
+
+# -- on another host -------------------------------------------------------------------------------------------------
+
+
+def test_guest_on_another_host_has_its_files_there_and_is_the_same_otherwise() -> None:
+    """Golden: ``leaving.xml`` is what libvirt says of a guest that moves, ``arriving.xml`` what the other is told."""
+    image = guest_image(kernel="/there/images/kernel", initrd="/there/images/initrd", disk="/there/images/disk.qcow2")
+
+    made = domain.relocate(
+        (DATA / "leaving.xml").read_text(),
+        host="two",
+        emulator="/opt/qemu/bin/qemu-system-x86_64",
+        folder=Path("/there/guests/web"),
+        image=image,
+    )
+
+    assert made + "\n" == (DATA / "arriving.xml").read_text()
+
+
+@given(lab_files(), st.booleans())
+def test_guest_there_and_back_is_the_same(data: dict[str, Any], cloud: bool) -> None:
+    made = resolved(data)
+    image = guest_image(disk="/image/disk", cloud_init=cloud)
+    for guest in made.guests.values():
+        here = xml_of(guest, image)
+        there = domain.relocate(here, host="there", emulator="/q", folder=Path("/f"), image=guest_image(kernel="/k"))
+        back = domain.relocate(there, host=guest.host, emulator="/usr/bin/qemu", folder=FOLDER, image=image)
+        first, second, last = parse(here), parse(there), parse(back)
+        assert first is not None
+        assert second is not None
+        assert last is not None
+        assert second.identity.host == second.wish["host"] == "there"
+        assert second.disks == first.disks
+        assert last == dataclasses.replace(first, identity=dataclasses.replace(IDENTITY, host=guest.host))
+
+
+def test_domain_of_somebody_else_is_not_taken_along() -> None:
+    with pytest.raises(GuestError, match="carries no mark of ours"):
+        domain.relocate("<domain><name>x</name></domain>", host="a", emulator="", folder=FOLDER, image=guest_image())

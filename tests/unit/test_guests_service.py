@@ -361,7 +361,7 @@ def test_kernels_command_line_has_the_images_then_ours_then_the_users(guests: Gu
 
 def test_guest_larger_than_the_memory_of_the_host_is_refused(guests: GuestService) -> None:
     with pytest.raises(GuestError, match=r"guest ann wants 1024T, host alpha has \d+M available"):
-        guests._check_fits(ann(memory="1024T"))
+        guests.check_fits("ann", ann(memory="1024T").memory)
 
 
 def test_files_are_given_to_qemus_user_by_root_only(
@@ -372,6 +372,6 @@ def test_files_are_given_to_qemus_user_by_root_only(
     monkeypatch.setattr(service.shutil, "chown", lambda file, user: given.append((file, user)))
     for uid in (1000, 0):
         monkeypatch.setattr(os, "geteuid", lambda uid=uid: uid)
-        guests._give_to_qemu(tmp_path)
+        guests.give_to_qemu(tmp_path)
 
     assert given == [(tmp_path, "qemu-user")]

@@ -3,7 +3,8 @@
 A data file (``data/plan/*.yaml``) says:
 
 =============  ===========================================================================================
-``before``     a lab file; what is observed is that lab, perfect. ``demo``: the example; ``nothing``
+``before``     a lab file; what is observed is that lab, perfect. ``demo``: the example; ``nothing``;
+               ``far``: :data:`FAR`
 ``damage``     what is not perfect, in order; see :class:`Damage`
 ``after``      laid over ``before`` to get the wish; null takes a key away. ``removed``: the lab is taken down
 ``plan``       one line per operation: impact | subject | host | summary | details
@@ -28,9 +29,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from orchestrator.guests.migrationservice import MigrationService
 from orchestrator.guests.service import GuestService
 from orchestrator.plan.build import build, build_removal
-from orchestrator.plan.operations import Impact, ObservedHost, ObservedLab, Operation, Plan
+from orchestrator.plan.operations import MIGRATE, Impact, ObservedHost, ObservedLab, Operation, Plan
 from orchestrator.spec.load import load
 from orchestrator.spec.resolve import resolve
 from orchestrator.spec.resolved import ResolvedLab
@@ -39,12 +41,32 @@ from orchestrator.testing import MemoryHost, MemoryLab, perfect
 from tests.unit.labs import EXAMPLES, demo, lab_changes, lab_files, one_guest, resolved
 
 DATA = Path(__file__).parent / "data" / "plan"
-SERVICES = {"guest": GuestService, "network": NetworkService, "port": NetworkService}
+SERVICES = {
+    "guest": GuestService,
+    "migration": MigrationService,
+    "network": NetworkService,
+    "port": NetworkService,
+}
 PORT_CALLS = {"port.ensure": "ensure_ports", "port.remove": "remove_ports"}
 
 
 def read_yaml(text: str) -> Any:
     return YAML(typ="safe", pure=True).load(text)
+
+
+FAR = """
+lab: far
+hosts:
+  alpha: {kind: ssh, address: 192.0.2.1}
+  beta: {kind: ssh, address: 192.0.2.2}
+  gamma: {kind: ssh, address: 192.0.2.3}
+networks: {lan: {ipv4: 10.10.0.0/24}, wan: {ipv4: 10.20.0.0/24}}
+defaults: {guest: {nics: [lan], memory: {size: 128M, max: 512M}}}
+guests:
+  ann: {host: alpha, disks: [{name: data, size: 1G}]}
+  eve: {host: gamma}
+"""
+"""Three machines; two have a guest on the same network."""
 
 
 class Damage:
@@ -110,6 +132,26 @@ class Damage:
             )
         )
 
+    def arriving(self, moves: dict[str, dict[str, str]]) -> None:
+        """``{ann: {from: alpha, to: beta}}``: a migration was cut short, a copy is on the target."""
+        for name, move in moves.items():
+            (facts,) = (facts for facts in self.hosts[move["from"]].guests if facts.name == name)
+            copy_there = replace(facts, host=move["to"], state="paused", ready=False, arriving_from=move["from"])
+            seen = self.hosts[move["to"]]
+            self.hosts[move["to"]] = replace(seen, guests=(*seen.guests, copy_there))
+
+    def gone(self, where: dict[str, str]) -> None:
+        """``{alpha: ann}``: a guest is not on that host any more."""
+        self._each(
+            lambda host, seen: replace(
+                seen, guests=tuple(facts for facts in seen.guests if facts.name != where.get(host))
+            )
+        )
+
+    def migrates(self, hosts: dict[str, bool | None]) -> None:
+        """``{alpha: false}``: hosts that can send and receive guests, or not."""
+        self._each(lambda host, seen: replace(seen, migrates=hosts.get(host, seen.migrates)))
+
     def no_host(self, name: str) -> None:
         self.hosts[name] = ObservedHost()
 
@@ -158,11 +200,15 @@ def plan_of(case: dict[str, Any], tmp_path: Path) -> Plan:
     data = case["before"]
     if data in ("demo", "nothing"):
         data = read_yaml((EXAMPLES / "demo.yaml").read_text())
+    elif data == "far":
+        data = read_yaml(FAR)
     before = resolve_file(data, tmp_path, None)
     observed = ObservedLab() if case["before"] == "nothing" else perfect(before)
     wish = before
     if isinstance(changes := case.get("after"), dict):
         wish = resolve_file(lay_over(data, changes), tmp_path, before)
+        gone = {name: host for name, host in before.hosts.items() if name not in wish.hosts}
+        wish = wish.model_copy(update={"former_hosts": gone})
     damage = Damage(observed)
     for step in case.get("damage", []):
         ((what, how),) = step.items()
@@ -399,7 +445,7 @@ def test_operations_and_their_undoing_fit_the_calls_of_the_agent(case: dict[str,
             [(operation.method, sent(operation))]
             + ([(operation.undo.method, dict(operation.undo.params))] if operation.undo else [])
         )
-        if call[0] not in ("host.ensure", "host.remove", "image.ensure")
+        if call[0] not in ("host.ensure", "host.remove", "image.ensure", MIGRATE)
     ]
 
     for method, params in calls:
@@ -420,3 +466,78 @@ def test_host_in_memory_has_the_calls_of_the_agent_with_their_parameters() -> No
                 parameter.annotation for name, parameter in theirs.items() if name != "self"
             ], method
     assert {"guest.start", "guest.restart", "network.ensure", "port.ensure"} <= set(mine)
+
+
+# -- parts of a plan -------------------------------------------------------------------------------------------------
+
+
+def step(name: str, *needs: str) -> Operation:
+    return Operation(
+        id=name, host="alpha", subject=name, summary="do", impact=Impact.LIVE, method=f"do.{name}", needs=needs
+    )
+
+
+def names(plan: Plan) -> list[str]:
+    return [operation.id for operation in plan.operations]
+
+
+STEPS = Plan(
+    (
+        step("host"),
+        step("other"),
+        step("network", "host"),
+        step("move", "network"),
+        step("tidy", "move"),
+        step("restart", "move"),
+        step("tidier", "tidy", "network"),
+        step("both", "tidy", "other"),
+    )
+)
+
+
+def test_part_of_a_plan_has_what_is_wanted_with_its_needs_and_what_follows_from_that_alone() -> None:
+    part = STEPS.only(lambda each: each.id == "move", after=lambda each: each.id != "restart")
+
+    assert names(part) == ["host", "network", "move", "tidy", "tidier"]
+    check_form(part)
+
+
+def test_part_of_a_plan_that_stands_alone_waits_for_nothing_else() -> None:
+    part = STEPS.alone(lambda each: each.id in ("host", "network", "tidy", "both"))
+
+    assert names(part) == ["host", "network"]
+    check_form(part)
+
+
+@given(lab_changes(), st.data())
+def test_parts_of_a_plan_can_be_carried_out(
+    change: tuple[dict[str, Any], dict[str, Any]], data: st.DataObject
+) -> None:
+    before = resolved(change[0])
+    plan = build(resolved(change[1], before), perfect(before))
+    wanted = data.draw(st.sets(st.sampled_from(names(plan)))) if plan else set()
+
+    check_form(plan.only(lambda each: each.id in wanted, after=lambda _: True))
+    check_form(plan.alone(lambda each: each.id in wanted))
+
+
+@given(lab_changes())
+def test_guests_that_can_move_as_they_run_are_not_made_anew(change: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    before = resolved(change[0])
+    after = resolved(change[1], before)
+    plan = build(after, perfect(before))
+
+    moved = {str(each.params["guest"]) for each in plan.operations if each.method == MIGRATE}
+
+    for name, guest in after.guests.items():
+        was = before.guests.get(name)
+        if was and was.host != guest.host and after.hosts[guest.host].spec.kind == "ssh":
+            anew = any(line.startswith(("image:", "disk_size:", "disk ")) for line in changed(was, guest))
+            assert (name in moved) != anew
+
+
+def changed(before: Any, after: Any) -> list[str]:
+    """What differs between two guests that cannot be changed but by making their disks anew."""
+    sizes = {disk.name: disk.size for disk in before.disks}
+    found = [f"disk {disk.name}" for disk in after.disks if disk.name in sizes and sizes[disk.name] != disk.size]
+    return found + [f"{key}:" for key in ("image", "disk_size") if getattr(before, key) != getattr(after, key)]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import CommandError
+from orchestrator.hosts.opening import reached_by_ssh
 from orchestrator.hosts.transport import HostFacts
 from orchestrator.plan.build import build
 from orchestrator.plan.operations import ObservedHost, ObservedLab
@@ -216,7 +217,7 @@ def ssh_sees(config: str, name: str, tmp_path: Path) -> dict[str, str]:
 def test_ssh_reads_the_config_that_we_write(lab: ResolvedLab, tmp_path: Path, name: str) -> None:
     state = LabState("demo")
 
-    seen = ssh_sees(ssh_config(lab, state), name, tmp_path)
+    seen = ssh_sees(ssh_config(lab, state, {}), name, tmp_path)
 
     assert seen["user"] == "root"
     assert seen["identityfile"] == str(state.ssh_key)
@@ -234,7 +235,7 @@ def test_ssh_reads_paths_with_odd_characters(
     monkeypatch.setenv("ORCHESTRATOR_STATE", str(tmp_path / folder))
     state = LabState("demo")
 
-    seen = ssh_sees(ssh_config(lab, state), "ann", tmp_path)
+    seen = ssh_sees(ssh_config(lab, state, {}), "ann", tmp_path)
 
     assert seen["identityfile"].replace("%%", "%") == str(state.ssh_key)
     assert "%d/" not in seen["identityfile"].replace("%%d", "")
@@ -242,16 +243,27 @@ def test_ssh_reads_paths_with_odd_characters(
 
 @needs_ssh
 def test_ssh_config_leaves_other_hosts_alone(lab: ResolvedLab, tmp_path: Path) -> None:
-    seen = ssh_sees(ssh_config(lab, LabState("demo")), "elsewhere", tmp_path)
+    seen = ssh_sees(ssh_config(lab, LabState("demo"), {}), "elsewhere", tmp_path)
 
     assert "proxycommand" not in seen
+
+
+def test_ssh_config_has_the_hosts_that_ssh_reaches(tmp_path: Path) -> None:
+    host = {"kind": "ssh", "address": "192.0.2.7", "underlay": "192.0.2.7", "user": "me", "known_hosts": "/known"}
+    lab = resolved({"lab": "far", "hosts": {"web-1": host, "here": {}}})
+
+    text = ssh_config(lab, LabState("far"), reached_by_ssh(lab))
+
+    seen = ssh_sees(text, "web-1", tmp_path)
+    assert (seen["hostname"], seen["user"], seen["userknownhostsfile"]) == ("192.0.2.7", "me", "/known")
+    assert "Host here" not in text
 
 
 # -- inventory -------------------------------------------------------------------------------------------------------
 
 
 def test_inventory_has_hosts_and_guests_by_host(lab: ResolvedLab) -> None:
-    groups = inventory(lab, LabState("demo"))["all"]["children"]
+    groups = inventory(lab, LabState("demo"), {})["all"]["children"]
 
     assert groups["lab_hosts"]["hosts"] == {
         "alpha": {"ansible_connection": "local"},
@@ -276,7 +288,8 @@ def test_inventory_has_the_settings_of_ssh_hosts() -> None:
         "jump": "gate.example",
     }  # fmt: skip
 
-    made = inventory(resolved({"lab": "far", "hosts": {"web-1": host}}), LabState("far"))
+    lab = resolved({"lab": "far", "hosts": {"web-1": host}})
+    made = inventory(lab, LabState("far"), reached_by_ssh(lab))
 
     groups = made["all"]["children"]
     assert groups["lab_hosts"]["hosts"]["web-1"] == {
@@ -284,7 +297,7 @@ def test_inventory_has_the_settings_of_ssh_hosts() -> None:
         "ansible_port": 2222,
         "ansible_user": "me",
         "ansible_ssh_private_key_file": "/keys/me",
-        "ansible_ssh_common_args": "-J gate.example",
+        "ansible_ssh_common_args": "-o ProxyJump=gate.example",
     }
     assert list(groups["guests"]["children"]) == ["guests_on_web_1"]
     assert json.loads(json.dumps(made)) == made

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 from collections.abc import Mapping
@@ -351,3 +352,103 @@ def test_lab_has_another_uid_in_another_state_folder(monkeypatch: pytest.MonkeyP
     assert one.uid != two.uid
     assert guest(one).nics[0].tap != guest(two).nics[0].tap
     assert guest(one).nics[0].mac == guest(two).nics[0].mac
+
+
+# -- guests that were moved ------------------------------------------------------------------------------------------
+
+THREE = {"alpha": {}, "beta": {}, "gamma": {}}
+
+
+def placed(host: str, **more: Any) -> dict[str, Any]:
+    return {
+        "lab": "made",
+        "hosts": THREE,
+        "networks": {"lan": {"ipv4": "10.1.0.0/24"}},
+        "guests": {"ann": {"host": host, "nics": ["lan"], **more}, "bob": {"host": "alpha", "nics": ["lan"]}},
+    }
+
+
+def moved(made: ResolvedLab, name: str, host: str) -> ResolvedLab:
+    """What ``orchestrator migrate`` makes of a lab."""
+    return made.with_guest(made.guests[name].model_copy(update={"host": host}))
+
+
+def test_guest_that_was_not_moved_is_at_home() -> None:
+    made = resolved(placed("alpha"))
+
+    assert {(each.host, each.home) for each in made.guests.values()} == {("alpha", "alpha")}
+
+
+def test_moved_guest_takes_its_networks_along() -> None:
+    made = moved(resolved(placed("alpha")), "ann", "gamma")
+
+    assert (made.guests["ann"].host, made.guests["ann"].home) == ("gamma", "alpha")
+    assert made.networks["lan"].hosts == ["alpha", "gamma"]
+    assert [each.name for each in made.guests_of("gamma")] == ["ann"]
+    assert moved(made, "bob", "gamma").networks["lan"].hosts == ["gamma"]
+
+
+def test_moved_guest_stays_as_long_as_the_file_says_what_it_said() -> None:
+    before = moved(resolved(placed("alpha")), "ann", "gamma")
+
+    after = resolved(placed("alpha", memory="1G"), before)
+
+    assert (after.guests["ann"].host, after.guests["ann"].home) == ("gamma", "alpha")
+    assert after.networks["lan"].hosts == ["alpha", "gamma"]
+    assert after.guests["ann"].memory == 1 << 30
+
+
+@pytest.mark.parametrize("host", ["beta", "gamma"])
+def test_file_that_changes_wins(host: str) -> None:
+    before = moved(resolved(placed("alpha")), "ann", "gamma")
+
+    after = resolved(placed(host), before)
+
+    assert (after.guests["ann"].host, after.guests["ann"].home) == (host, host)
+
+
+def test_moved_guest_whose_host_has_gone_comes_home() -> None:
+    before = moved(resolved(placed("alpha")), "ann", "gamma")
+    data = placed("alpha")
+    data["hosts"] = {"alpha": {}, "beta": {}}
+
+    after = resolved(data, before)
+
+    assert (after.guests["ann"].host, after.guests["ann"].home) == ("alpha", "alpha")
+
+
+def test_moved_guest_keeps_its_addresses() -> None:
+    before = resolved(placed("alpha"))
+
+    after = resolved(placed("alpha"), moved(before, "ann", "gamma"))
+
+    assert after.guests["ann"].nics == before.guests["ann"].nics
+
+
+def test_state_from_before_guests_could_be_moved_is_read() -> None:
+    made = resolved(placed("alpha"))
+    data = json.loads(made.model_dump_json())
+    for each in data["guests"].values():
+        del each["home"]
+
+    assert ResolvedLab.model_validate(data) == made
+
+
+@given(lab_changes(), st.data())
+def test_moved_guests_are_where_they_were_put_or_where_the_file_says(
+    change: tuple[dict[str, Any], dict[str, Any]], data: st.DataObject
+) -> None:
+    before = resolved(change[0])
+    for name in before.guests:
+        before = moved(before, name, data.draw(st.sampled_from(sorted(before.hosts)), label=name))
+
+    after = resolved(change[1], before)
+
+    for name, each in after.guests.items():
+        said = change[1]["guests"][name]["host"]
+        was = before.guests.get(name)
+        assert each.home == said
+        assert each.host in (said, was.host if was else said)
+        assert each.host in after.hosts
+        for network in {nic.network for nic in each.nics}:
+            assert each.host in after.networks[network].hosts

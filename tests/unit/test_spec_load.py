@@ -494,7 +494,7 @@ def labs(draw: st.DrawFn) -> dict[str, Any]:
         name: {
             "ipv4": draw(st.none() | st.just(f"10.{index}.0.0/16")),
             "ipv6": draw(st.none() | st.just(f"fd{index:02}::/64")),
-            "mtu": draw(st.none() | st.integers(1280, 9000)),
+            "mtu": draw(st.none() | st.integers(1280, 8950)),
             "uplink": draw(st.booleans()),
         }
         for index, name in enumerate(draw(st.lists(names, max_size=3, unique=True)))

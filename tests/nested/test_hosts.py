@@ -1,0 +1,222 @@
+"""Hosts that are virtual machines: what they are, what becomes of them, and what goes wrong with them."""
+
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.guest_use import read_until
+from tests.nested.conftest import LAB, Lab
+
+VIRSH = ["virsh", "-q", "-c", "qemu:///system"]
+
+
+@pytest.fixture
+def lab(nested: Lab) -> Iterator[Lab]:
+    """The lab as its file says, before the test and after it."""
+    yield nested
+    nested.file(LAB)
+    nested.run("up", "--yes")
+
+
+def with_lines(host: str = "", guest: str = "") -> str:
+    """The lab file with a host and a guest more."""
+    text = LAB.replace("networks:", f"  {host}\nnetworks:", 1) if host else LAB
+    return f"{text}  {guest}\n" if guest else text
+
+
+def virsh(*args: str) -> str:
+    return subprocess.run([*VIRSH, *args], capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+# -- what a host is --------------------------------------------------------------------------------------------------
+
+
+def test_hosts_are_machines_with_their_own_kvm(nested: Lab) -> None:
+    listed = nested.json("host", "list")
+    facts = nested.json("host", "facts", "alpha")
+
+    assert [(host["name"], host["kind"], host["state"], host["accel"]) for host in listed] == [
+        ("alpha", "vagrant", "up", "kvm"),
+        ("beta", "vagrant", "up", "kvm"),
+    ]
+    assert facts["cpu"]["virtualization"] in ("svm", "vmx")
+    cards = [device for device in facts["pci"] if device["class_id"].startswith("0200")]
+    assert len(cards) == 2, "a NIC of Vagrant's and one of the underlay"
+    assert all(card["bus_master"]["capable"] for card in cards)
+
+
+def test_disk_of_the_lab_file_is_there(nested: Lab) -> None:
+    size = nested.on("beta", "blockdev --getsize64 /dev/disk/by-id/virtio-data")
+
+    assert int(size) == 1 << 30
+
+
+def test_doctor_finds_what_a_lab_needs(nested: Lab) -> None:
+    wanted = ["rights", "accelerator", "qemu", "libvirtd", "memfd", "userfaultfd", "bpf", "tap", "firewall"]
+
+    findings = json.loads(nested.run("host", "doctor", "beta", "-o", "json", status=None).stdout)
+
+    found = {finding["name"]: finding["ok"] for finding in findings}
+    assert {name: found[name] for name in wanted} == dict.fromkeys(wanted, True)
+
+
+def test_provisioning_again_changes_nothing(nested: Lab) -> None:
+    again = json.loads(nested.run("host", "provision", "alpha", "beta", "-o", "json").stdout)
+
+    assert {host: result["changed"] for host, result in again.items()} == {"alpha": 0, "beta": 0}
+
+
+def test_check_mode_of_provisioning(nested: Lab) -> None:
+    nested.on("alpha", "rm /etc/sysctl.d/*orchestrator*")
+    would = json.loads(nested.run("host", "provision", "--check", "alpha", "-o", "json").stdout)
+    there = nested.on("alpha", "ls /etc/sysctl.d")
+    did = json.loads(nested.run("host", "provision", "alpha", "-o", "json").stdout)
+
+    assert would["alpha"]["changed"] > 0
+    assert "orchestrator" not in there
+    assert did["alpha"]["changed"] > 0
+
+
+# -- bad luck --------------------------------------------------------------------------------------------------------
+
+
+def test_host_that_loses_its_power_comes_back_with_its_guests(lab: Lab) -> None:
+    virsh("destroy", "orc-nested-alpha")
+
+    off = lab.json("host", "list")
+    lab.run("up")
+
+    assert [(host["name"], host["state"]) for host in off] == [("alpha", "broken"), ("beta", "up")]
+    assert "off" in off[0]["problem"]
+    assert lab.exec("ann", "hostname") == "ann\n"
+    assert all(one["milliseconds"] is not None for one in lab.json("reach"))
+
+
+def test_host_that_is_rebooted_comes_back_with_its_guests(lab: Lab) -> None:
+    lab.on("alpha", "systemctl --no-block reboot", status=None)
+    time.sleep(3)  # it is on its way down, and may still answer
+
+    lab.run("up")
+    lab.run("up")  # where the first one was so quick that it met the host before it went
+
+    assert lab.exec("ann", "hostname") == "ann\n"
+
+
+def test_changed_host_key_is_refused(lab: Lab) -> None:
+    key = "/etc/ssh/ssh_host_ed25519_key"
+    lab.on("beta", f"mv {key} /root/key; ssh-keygen -qt ed25519 -N '' -f {key}; systemctl restart ssh")
+    try:
+        refused = lab.run("up", status=None)
+        other = lab.exec("ann", "hostname")
+    finally:
+        lab.on("beta", f"mv /root/key {key}; systemctl restart ssh", check_key=False)
+
+    assert refused.returncode == 1
+    assert "host beta: the key of" in refused.stderr
+    assert "has changed" in refused.stderr
+    assert "rm " in refused.stderr
+    assert other == "ann\n"
+
+
+def test_full_disk_of_a_host_is_said_and_up_goes_on_when_there_is_room(lab: Lab) -> None:
+    lab.on("beta", "rm -rf /var/cache/orchestrator/images; fallocate -l $(df -B1 --output=avail / | tail -1) /fill")
+    lab.file(with_lines(guest="bob: {host: beta}"))
+    try:
+        full = lab.run("up", status=None)
+        others = [lab.exec(name, "hostname") for name in ("ann", "eve")]
+    finally:
+        lab.on("beta", "rm -f /fill")
+    lab.run("up")
+
+    assert full.returncode == 1
+    assert re.search(r"(disk has|no space)", full.stderr, re.IGNORECASE), full.stderr
+    assert others == ["ann\n", "eve\n"]
+    assert lab.exec("bob", "hostname") == "bob\n"
+
+
+def test_playbook_that_fails_on_one_host_names_it_and_the_other_is_done(lab: Lab) -> None:
+    lab.on("alpha", "rm /etc/sysctl.d/*orchestrator*")
+    lab.on("beta", "rm /etc/sysctl.d/*orchestrator*; mount -t tmpfs -o ro tmpfs /etc/sysctl.d")
+    try:
+        failed = lab.run("host", "provision", "alpha", "beta", status=None)
+    finally:
+        lab.on("beta", "umount /etc/sysctl.d")
+    again = json.loads(lab.run("host", "provision", "alpha", "beta", "-o", "json").stdout)
+
+    assert failed.returncode != 0
+    assert "host beta" in failed.stderr
+    assert again["alpha"]["changed"] == 0
+    assert again["beta"]["changed"] > 0
+
+
+# -- the lab changes -------------------------------------------------------------------------------------------------
+
+
+def test_local_and_vagrant_hosts_in_one_lab(lab: Lab) -> None:
+    lab.file(with_lines("here: {kind: local}", "loc: {host: here}"))
+
+    lab.run("up")
+    reached = lab.json("reach")
+    lab.file(LAB)
+    lab.run("up", "--yes")
+
+    assert {(one["source"], one["target"]) for one in reached} >= {("loc", "ann"), ("eve", "loc")}
+    assert all(one["milliseconds"] is not None for one in reached), reached
+    assert [host["name"] for host in lab.json("host", "list")] == ["alpha", "beta"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_up_that_is_broken_off_while_a_host_is_made(lab: Lab, number: int) -> None:
+    lab.file(with_lines("gamma: {kind: vagrant, memory: 1G, vcpus: 1}"))
+    first = lab.start("up")
+    assert first.stderr
+    read_until(first.stderr.fileno(), b"gamma")
+    deadline = time.monotonic() + 300
+    while "orc-nested-gamma" not in virsh("list", "--all", "--name"):
+        assert time.monotonic() < deadline
+        assert first.poll() is None
+        time.sleep(0.2)
+    first.send_signal(number)
+    first.communicate(timeout=300)
+
+    if number == signal.SIGKILL:  # the second `up` makes it whole; the other time it is removed half-made
+        lab.run("up")
+        assert lab.on("gamma", "test -c /dev/kvm && echo yes") == "yes\n"
+    lab.file(LAB)
+    lab.run("up", "--yes")
+
+    assert "orc-nested-gamma" not in virsh("list", "--all", "--name")
+    assert "orc-nested-gamma" not in virsh("vol-list", "default")
+
+
+# -- snapshots -------------------------------------------------------------------------------------------------------
+
+
+def test_snapshot_resets_hosts_with_the_guests_that_run_on_them(lab: Lab) -> None:
+    lab.exec("ann", "sh", "-c", "echo before > /tmp/mark")
+    lab.on("beta", "echo before > /root/mark")
+
+    lab.run("host", "snapshot", "save", "clean")
+    lab.exec("ann", "sh", "-c", "echo after > /tmp/mark")
+    lab.on("beta", "rm /root/mark")
+    listed = lab.json("host", "snapshot", "list")
+    lab.run("host", "snapshot", "restore", "clean")
+    guest, host = lab.exec("ann", "cat", "/tmp/mark"), lab.on("beta", "cat /root/mark; date +%s")
+    lab.run("host", "snapshot", "delete", "clean")
+
+    assert [(one["host"], one["name"]) for one in listed] == [("alpha", "clean"), ("beta", "clean")]
+    assert guest == "before\n"
+    mark, clock = host.split()
+    assert mark == "before"
+    assert abs(int(clock) - time.time()) < 60, "the clock of a host that was put back is set"
+    assert all(one["milliseconds"] is not None for one in lab.json("reach"))
+    assert lab.json("host", "snapshot", "list") == []
