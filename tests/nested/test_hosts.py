@@ -49,7 +49,7 @@ def test_hosts_are_machines_with_their_own_kvm(nested: Lab) -> None:
         ("beta", "vagrant", "up", "kvm"),
     ]
     assert facts["cpu"]["virtualization"] in ("svm", "vmx")
-    cards = [device for device in facts["pci"] if device["class_id"].startswith("0200")]
+    cards = [device for device in facts["pci"] if device["class_code"].startswith("0200")]
     assert len(cards) == 2, "a NIC of Vagrant's and one of the underlay"
     assert all(card["bus_master"]["capable"] for card in cards)
 
