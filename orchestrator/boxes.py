@@ -110,6 +110,11 @@ def all_boxes() -> list[Box]:
     return sorted(found, key=lambda box: box.created, reverse=True)
 
 
+def in_use() -> set[str]:
+    """Names of the boxes that a host of any lab was made from."""
+    return {machine["box"] for project in vagrantcli.all_projects() for machine in project.described().values()}
+
+
 def remove(box: Box) -> None:
     """Remove a box with its image, and the copy of it in libvirt's storage unless disks lie on that.
 

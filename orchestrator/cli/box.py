@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli import output
-from orchestrator.cli.guest import _waiting
 from orchestrator.cli.output import Format
+from orchestrator.cli.progress import waiting
 from orchestrator.cli.session import OutputOption
 
 app = typer.Typer(help="Build, list and remove the boxes that Vagrant hosts are made from.", no_args_is_help=True)
@@ -27,7 +27,7 @@ def list_boxes(output_format: OutputOption = Format.TABLE) -> None:
     """List the boxes that are there."""
     from orchestrator import boxes
 
-    found, used = boxes.all_boxes(), _in_use()
+    found, used = boxes.all_boxes(), boxes.in_use()
     if output_format is not Format.TABLE:
         output.data([{**box.to_json(), "in_use": box.name in used} for box in found], output_format)
         return
@@ -52,7 +52,7 @@ def build(
     """
     from orchestrator import boxes
 
-    with _waiting("box") as progress:
+    with waiting("box") as progress:
         name = boxes.ensure(progress, refresh=refresh)
     if output_format is Format.TABLE:
         output.stdout.print(name, markup=False)
@@ -68,17 +68,10 @@ def prune(
     """Remove boxes that no host was made from, with their copies in libvirt's storage; the newest one stays."""
     from orchestrator import boxes
 
-    keep = _in_use()
+    keep = boxes.in_use()
     if not everything and (newest := boxes.find()):
         keep.add(newest)
     removed = boxes.prune(keep)
     for box in removed:
         output.stdout.print(f"removed {box.name}", markup=False)
     output.note(f"{len(removed)} boxes removed, {sum(box.size for box in removed) >> 20} MiB freed")
-
-
-def _in_use() -> set[str]:
-    """Boxes that a host of any lab was made from."""
-    from orchestrator.hosts import vagrantcli
-
-    return {machine["box"] for project in vagrantcli.all_projects() for machine in project.described().values()}

@@ -27,6 +27,7 @@ from orchestrator.apply import Executor
 from orchestrator.cli import output
 from orchestrator.cli.migrate import migrate
 from orchestrator.cli.output import Format
+from orchestrator.cli.progress import waiting
 from orchestrator.cli.session import (
     FileOption,
     GuestArgument,
@@ -61,16 +62,6 @@ def register(app: typer.Typer) -> None:
     snapshot_app.command("list")(snapshot_list)
     snapshot_app.command("delete")(snapshot_delete)
     app.add_typer(snapshot_app, name="snapshot")
-
-
-@contextlib.contextmanager
-def _waiting(what: str) -> Iterator[Any]:
-    """A line that says what is waited for, on a terminal only."""
-    if not output.stderr.is_terminal or output.stderr.quiet:
-        yield lambda text: None
-        return
-    with output.stderr.status(what) as line:
-        yield lambda text: line.update(f"{what}: {text}")
 
 
 # -- console -----------------------------------------------------------------------------------------------------
@@ -298,7 +289,7 @@ def _start_call(session: GuestSession, method: str, progress: Any, **params: Any
 
 def start(guest: GuestArgument, file: FileOption = None, lab: LabOption = None) -> None:
     """Start a guest that is off, and wait until it is ready."""
-    with GuestSession(guest, file, lab) as session, session.state.lock(), _waiting(f"starting {guest}") as progress:
+    with GuestSession(guest, file, lab) as session, session.state.lock(), waiting(f"starting {guest}") as progress:
         _start_call(session, "guest.start", progress)
     output.note(f"guest {guest} is up")
 
@@ -311,7 +302,7 @@ def stop(
     hard: Annotated[bool, typer.Option("--hard", help="Do not ask the guest.")] = False,
 ) -> None:
     """Shut the guest down; stop it hard when it has not gone after the timeout."""
-    with GuestSession(guest, file, lab) as session, session.state.lock(), _waiting(f"stopping {guest}") as progress:
+    with GuestSession(guest, file, lab) as session, session.state.lock(), waiting(f"stopping {guest}") as progress:
         how = session.call("guest.stop", progress, timeout=timeout, hard=hard)
     output.note(f"guest {guest}: {how}")
 
@@ -324,7 +315,7 @@ def restart(
     hard: Annotated[bool, typer.Option("--hard", help="Do not ask the guest.")] = False,
 ) -> None:
     """Stop the guest, start it again and wait until it is ready."""
-    with GuestSession(guest, file, lab) as session, session.state.lock(), _waiting(f"restarting {guest}") as progress:
+    with GuestSession(guest, file, lab) as session, session.state.lock(), waiting(f"restarting {guest}") as progress:
         _start_call(session, "guest.restart", progress, timeout=timeout, hard=hard)
     output.note(f"guest {guest} is up")
 
@@ -345,7 +336,7 @@ def snapshot_save(
     with (
         GuestSession(guest, file, lab) as session,
         session.state.lock(),
-        _waiting(f"snapshot {name} of {guest}") as progress,
+        waiting(f"snapshot {name} of {guest}") as progress,
     ):
         saved = session.call("guest.snapshot_save", progress, name=name, description=description)
     output.note(f"snapshot {name} of {guest}: {saved['size'] >> 20} MiB of memory, {len(saved['disks'])} disks")
@@ -358,7 +349,7 @@ def snapshot_restore(
     with (
         GuestSession(guest, file, lab) as session,
         session.state.lock(),
-        _waiting(f"snapshot {name} of {guest}") as progress,
+        waiting(f"snapshot {name} of {guest}") as progress,
     ):
         session.call("guest.snapshot_restore", progress, name=name)
     output.note(f"guest {guest} is back at {name}")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from orchestrator.cli import output
-from orchestrator.cli.guest import _waiting
 from orchestrator.cli.output import Format
+from orchestrator.cli.progress import waiting
 from orchestrator.cli.session import FileOption, LabOption, OutputOption, complete_hosts, current, host_of
 from orchestrator.errors import StateError
 from orchestrator.hosts.opening import open_host
@@ -83,7 +83,7 @@ def save(name: NameArgument, hosts: HostsArgument = None, file: FileOption = Non
     from orchestrator.hosts import machinesnapshots
 
     with _machines(hosts, file, lab) as (machines, state), state.lock(), contextlib.ExitStack() as stack:
-        with _waiting(f"snapshot {name}") as progress:
+        with waiting(f"snapshot {name}") as progress:
             domains = {each.host.name: stack.enter_context(each.machine()) for each in machines}
             try:
                 for dom in domains.values():
@@ -101,7 +101,7 @@ def save(name: NameArgument, hosts: HostsArgument = None, file: FileOption = Non
 def restore(name: NameArgument, hosts: HostsArgument = None, file: FileOption = None, lab: LabOption = None) -> None:
     """Put hosts back to a snapshot. What has happened on them since then is lost."""
     with _machines(hosts, file, lab) as (machines, state), state.lock():
-        with _waiting(f"snapshot {name}") as progress:
+        with waiting(f"snapshot {name}") as progress:
             _each(machines, lambda each: each.reset(name, progress))
         output.note(f"{', '.join(each.host.name for each in machines)}: back at {name}")
 

@@ -11,8 +11,8 @@ import typer
 
 from orchestrator import paths
 from orchestrator.cli import output
-from orchestrator.cli.guest import _waiting
 from orchestrator.cli.output import Format
+from orchestrator.cli.progress import waiting
 from orchestrator.cli.session import DEFAULT_FILE, FileOption, OutputOption
 from orchestrator.errors import NotFoundError
 from orchestrator.images import disk, store
@@ -65,7 +65,7 @@ def build(
 ) -> None:
     """Build or fetch an image, so that [bold]up[/] need not."""
     spec, base = _named(name, file)
-    with _waiting(f"image {name}") as progress:
+    with waiting(f"image {name}") as progress:
         image = store.ensure(name, spec, base=base, progress=progress, refresh=refresh)
     if output_format is Format.TABLE:
         output.stdout.print(image.id, markup=False)
@@ -74,7 +74,9 @@ def build(
 
 
 def _in_use() -> set[str]:
-    """Ids of the images that labs with a state may use."""
+    """Ids of the images that labs with a state may use, for their guests or for their Vagrant hosts."""
+    from orchestrator import boxes
+
     names = set()
     for name in all_labs():
         lab = LabState(name).load()
@@ -86,7 +88,7 @@ def _in_use() -> set[str]:
     for root in (paths.state() / "labs").glob("*/hosts/*/guests/*/root.qcow2"):
         if base := disk.backing_file(root):  # what a disk lies on may be older than what would be used now
             names.add(base.parent.name)
-    return names
+    return names | {box.removeprefix(boxes.PREFIX) for box in boxes.in_use()}
 
 
 def prune(

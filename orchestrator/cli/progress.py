@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Group, RenderableType
@@ -24,6 +26,25 @@ REMIND_SECONDS = 10.0
 def _name(operation: Operation) -> str:
     where = f" on {operation.host}" if operation.host and operation.subject != f"host {operation.host}" else ""
     return f"{operation.subject}{where}: {operation.summary}"
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[Callable[[str], None]]:
+    """One piece of work and what it does: a line on a terminal, elsewhere a line when it takes long."""
+    if output.stderr.is_terminal and not output.stderr.quiet:
+        with output.stderr.status(what) as line:
+            yield lambda text: line.update(f"{what}: {text}")
+        return
+    began = reminded = time.monotonic()
+
+    def note(text: str) -> None:
+        nonlocal reminded
+        now = time.monotonic()
+        if now - reminded > REMIND_SECONDS:
+            reminded = now
+            output.note(f"… {what}: {text} ({now - began:.0f} s)")
+
+    yield note
 
 
 class Progress:

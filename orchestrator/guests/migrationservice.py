@@ -41,6 +41,7 @@ PORTS = "49152 to 49215"  # libvirt's default for migrations
 LOOK_SECONDS = 0.5
 ABORT_SECONDS = 10.0
 END_SECONDS = 30.0
+TAKE_BACK_SECONDS = 5.0
 AGENT_SECONDS = 30.0
 LOG_BYTES = 1 << 20
 ROOM_BYTES = 64 << 20  # what a disk may grow while it is copied
@@ -288,7 +289,8 @@ class MigrationService:
 
     def _take_back(self, guest: str) -> None:
         """When the stream has ended: remove a guest that has not arrived. Where libvirt has all of it, it stays, with
-        its mark: whether it is needed can only be seen on the source."""
+        its mark: whether it is needed can only be seen on the source. Where it has not, the source's libvirt has had
+        no answer to *finish*, and will not get one."""
         if self._guests.arriving_from(guest) is None:
             return
 
@@ -297,7 +299,7 @@ class MigrationService:
             return found is None or (bool(found[0].isPersistent()) and not _is_migrating(found[0]))
 
         with contextlib.suppress(OrchestratorError, libvirt.libvirtError):
-            self._guests.libvirt.wait(settled, Deadline(scaled(END_SECONDS)), every=LOOK_SECONDS)
+            self._guests.libvirt.wait(settled, Deadline(scaled(TAKE_BACK_SECONDS)), every=LOOK_SECONDS)
         found = self._guests.find(guest)
         if found is None or not found[0].isPersistent():
             self._guests.erase(guest)

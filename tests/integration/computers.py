@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import shutil
@@ -32,8 +33,24 @@ STATE_MIB = 600
 # -- this machine's half ---------------------------------------------------------------------------------------------
 
 
-def _run(*words: str | Path) -> None:
-    subprocess.run([str(word) for word in words], check=True, capture_output=True)
+def run(*words: str | Path) -> None:
+    done = subprocess.run([str(word) for word in words], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+
+
+@contextlib.contextmanager
+def bridge(name: str, address: str) -> Iterator[None]:
+    """A bridge of this machine for one test run at a time: a second one waits; what a killed one has left goes."""
+    with open(f"/run/{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["ip", "link", "del", name], check=False, capture_output=True)
+        run("ip", "link", "add", "name", name, "type", "bridge")
+        try:
+            run("ip", "addr", "add", address, "dev", name)
+            run("ip", "link", "set", name, "up")
+            yield
+        finally:
+            subprocess.run(["ip", "link", "del", name], check=False, capture_output=True)
 
 
 @dataclass
@@ -117,13 +134,10 @@ def computers(*names: str) -> Iterator[Computers]:
     folder = Path(tempfile.mkdtemp(prefix="orc-comp-", dir="/var/tmp"))
     folder.chmod(0o755)
     made = Computers(folder)
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made.key)
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made.key)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
-        _run("ip", "link", "add", "name", BRIDGE, "type", "bridge")
-        stack.callback(subprocess.run, ["ip", "link", "del", BRIDGE], check=False, capture_output=True)
-        _run("ip", "addr", "add", "10.198.0.254/24", "dev", BRIDGE)
-        _run("ip", "link", "set", BRIDGE, "up")
+        stack.enter_context(bridge(BRIDGE, "10.198.0.254/24"))
         for number, name in enumerate(names, 1):
             made.made[name] = stack.enter_context(_booted(made, name, f"10.198.0.{number}"))
         for computer in made.made.values():
@@ -136,7 +150,7 @@ def _booted(made: Computers, name: str, address: str) -> Iterator[Computer]:
     folder = made.folder / name
     folder.mkdir()
     host_key = folder / "host_key"
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", host_key)
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", host_key)
     with made.known_hosts.open("a") as known:
         known.write(f"{address} {host_key.with_suffix('.pub').read_text()}")
     (folder / "sshd.conf").write_text(
@@ -158,11 +172,11 @@ def _booted(made: Computers, name: str, address: str) -> Iterator[Computer]:
     try:
         pid = _child_of(outer.pid)
         inside = ["nsenter", f"--target={pid}", "--net", "ip"]
-        _run("ip", "link", "add", "name", link, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
-        _run("ip", "link", "set", link, "master", BRIDGE, "up")
-        _run(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
+        run("ip", "link", "add", "name", link, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        run("ip", "link", "set", link, "master", BRIDGE, "up")
+        run(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
-            _run(*inside, "link", "set", device, "up")
+            run(*inside, "link", "set", device, "up")
         yield Computer(name, address, folder, pid)
     finally:
         first = os.pidfd_open(pid) if pid else None

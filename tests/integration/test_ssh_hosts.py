@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Machine, Sandbox
+from tests.integration.computers import bridge, run
 
 pytestmark = pytest.mark.privileged
 
+BRIDGE = "orc-ssh"
 TOOLKIT = Path(sys.executable).parent / "orchestrator"
 
 
@@ -55,61 +57,55 @@ class Machines:
         return "{" + ", ".join(f'{key}: "{value}"' for key, value in fields.items()) + "}"
 
 
-def _run(*words: str | Path) -> None:
-    subprocess.run([str(word) for word in words], check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Machines]:
     folder = Path(tempfile.mkdtemp(prefix="orc-sshd-", dir="/var/tmp"))
     folder.chmod(0o755)
     made = Machines(folder, {})
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made.key)
-    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    known = []
-    try:
-        _run("ip", "link", "add", "name", "orc-ssh", "type", "bridge")
-        _run("ip", "addr", "add", "10.199.0.254/24", "dev", "orc-ssh")
-        _run("ip", "link", "set", "orc-ssh", "up")
-        for name, address in Machines.addresses.items():
-            namespace = f"orc-ssh-{name}"
-            _run("ip", "netns", "add", namespace)
-            _run("ip", "link", "add", "name", namespace, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-            _run("ip", "link", "set", namespace, "master", "orc-ssh", "up")
-            for words in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
-                _run("ip", "-n", namespace, *words)
-            _run("ip", "-n", namespace, "link", "set", "lo", "up")
-            host_key = folder / f"host_{name}"
-            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", host_key)
-            known.append(f"{address} {host_key.with_suffix('.pub').read_text()}")
-            (folder / f"{name}.conf").write_text(
-                f"HostKey {host_key}\nAuthorizedKeysFile {made.key}.pub\nPidFile {folder}/{name}.pid\n"
-                "PasswordAuthentication no\nUsePAM no\nStrictModes no\nPermitRootLogin yes\n"
-                "Subsystem sftp internal-sftp\n"
-                f"SetEnv ORCHESTRATOR_STATE={folder}/{name}/state ORCHESTRATOR_CACHE={folder}/{name}/cache "
-                f"ORCHESTRATOR_RUN=/run/orcs-{name}\n"
-            )
-            _run(
-                "ip",
-                "netns",
-                "exec",
-                namespace,
-                shutil.which("sshd") or "/usr/sbin/sshd",
-                "-f",
-                folder / f"{name}.conf",
-            )
-            made.pids[name] = int(_wait_for(folder / f"{name}.pid"))
-        made.known_hosts.write_text("".join(known))
-        yield made
-    finally:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made.key)
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+        stack.enter_context(bridge(BRIDGE, "10.199.0.254/24"))
         for name in Machines.addresses:
-            pids = subprocess.run(["ip", "netns", "pids", f"orc-ssh-{name}"], capture_output=True, text=True).stdout
-            for pid in pids.split():
-                os.kill(int(pid), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", f"orc-ssh-{name}"], capture_output=True)
-            shutil.rmtree(f"/run/orcs-{name}", ignore_errors=True)
-        subprocess.run(["ip", "link", "del", "orc-ssh"], capture_output=True)
-        shutil.rmtree(folder, ignore_errors=True)
+            _remove(name)  # of a run that was killed
+            stack.callback(_remove, name)
+            _make(made, name)
+        yield made
+
+
+def _make(made: Machines, name: str) -> None:
+    folder, address = made.folder, Machines.addresses[name]
+    namespace, host_key = f"{BRIDGE}-{name}", made.folder / f"host_{name}"
+    run("ip", "netns", "add", namespace)
+    run("ip", "link", "add", "name", namespace, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+    run("ip", "link", "set", namespace, "master", BRIDGE, "up")
+    for words in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
+        run("ip", "-n", namespace, *words)
+    run("ip", "-n", namespace, "link", "set", "lo", "up")
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", host_key)
+    with made.known_hosts.open("a") as known:
+        known.write(f"{address} {host_key.with_suffix('.pub').read_text()}")
+    (folder / f"{name}.conf").write_text(
+        f"HostKey {host_key}\nAuthorizedKeysFile {made.key}.pub\nPidFile {folder}/{name}.pid\n"
+        "PasswordAuthentication no\nUsePAM no\nStrictModes no\nPermitRootLogin yes\n"
+        "Subsystem sftp internal-sftp\n"
+        f"SetEnv ORCHESTRATOR_STATE={folder}/{name}/state ORCHESTRATOR_CACHE={folder}/{name}/cache "
+        f"ORCHESTRATOR_RUN=/run/orcs-{name}\n"
+    )
+    sshd = shutil.which("sshd") or "/usr/sbin/sshd"
+    run("ip", "netns", "exec", namespace, sshd, "-f", folder / f"{name}.conf")
+    made.pids[name] = int(_wait_for(folder / f"{name}.pid"))
+
+
+def _remove(name: str) -> None:
+    namespace = f"{BRIDGE}-{name}"
+    pids = subprocess.run(["ip", "netns", "pids", namespace], check=False, capture_output=True, text=True).stdout
+    for pid in pids.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True)
+    shutil.rmtree(f"/run/orcs-{name}", ignore_errors=True)
 
 
 def _wait_for(file: Path) -> str:
@@ -222,7 +218,7 @@ def test_sshd_killed_under_a_running_lab_then_back(machines: Machines, sandbox: 
     os.kill(machines.pids["two"], signal.SIGKILL)
 
     failed = sandbox.run("status", "-f", file, status=4)
-    _run("ip", "netns", "exec", "orc-ssh-two", "/usr/sbin/sshd", "-f", machines.folder / "two.conf")
+    run("ip", "netns", "exec", "orc-ssh-two", "/usr/sbin/sshd", "-f", machines.folder / "two.conf")
     machines.pids["two"] = int(_wait_for(machines.folder / "two.pid"))
     healed = sandbox.run("up", "-f", file)
     sandbox.run("down", "-f", file)
@@ -238,7 +234,7 @@ PORT = "52022"
 def sshd_here(folder: Path) -> Iterator[str]:
     """An SSH server of this machine itself; the fields of an ssh host that reaches it."""
     for name in ("id", "host"):
-        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name)
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name)
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     (folder / "sshd.conf").write_text(
         f"ListenAddress 127.0.0.1:{PORT}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/id.pub\n"
@@ -247,7 +243,7 @@ def sshd_here(folder: Path) -> Iterator[str]:
         f"SetEnv ORCHESTRATOR_STATE={folder}/far/state ORCHESTRATOR_CACHE={folder}/far/cache "
         f"ORCHESTRATOR_RUN=/run/orcs-here PATH={os.environ['PATH']}\n"
     )
-    _run(shutil.which("sshd") or "/usr/sbin/sshd", "-f", folder / "sshd.conf")
+    run(shutil.which("sshd") or "/usr/sbin/sshd", "-f", folder / "sshd.conf")
     pid = int(_wait_for(folder / "sshd.pid"))
     try:
         (folder / "known").write_text(f"[127.0.0.1]:{PORT} {(folder / 'host.pub').read_text()}")
@@ -283,7 +279,7 @@ def user() -> Iterator[str]:
     """An ordinary user of this machine, for one test."""
     name = "orc-test-user"
     rights = Path("/etc/sudoers.d") / name
-    _run("useradd", "--create-home", "--password", "*", "--shell", "/bin/sh", name)
+    run("useradd", "--create-home", "--password", "*", "--shell", "/bin/sh", name)
     try:
         yield name
     finally:
