@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,14 @@ def read_until(fd: int, wanted: bytes, seconds: float = 90) -> bytes:
         if select.select([fd], [], [], 0.2)[0]:
             text += os.read(fd, 4096)
     return text
+
+
+def wait_until(done: Callable[[], Any], what: str, seconds: float = 300) -> None:
+    """Until ``done`` is true; the test fails with ``what`` if it never is."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from orchestrator.cli import output
 from orchestrator.cli.output import Format
 from orchestrator.cli.progress import waiting
 from orchestrator.cli.session import FileOption, LabOption, OutputOption, complete_hosts, current, host_of
-from orchestrator.errors import StateError
+from orchestrator.errors import OrchestratorError, StateError
 from orchestrator.hosts.opening import open_host
 from orchestrator.spec.resolved import ResolvedLab
 from orchestrator.state import LabState
@@ -76,21 +76,25 @@ def _each(machines: Sequence[VagrantTransport], action: Callable[[VagrantTranspo
 
 
 def save(name: NameArgument, hosts: HostsArgument = None, file: FileOption = None, lab: LabOption = None) -> None:
-    """Take a snapshot of hosts with everything that runs on them; they stand still meanwhile, all at once.
-
-    A snapshot of that name is replaced.
-    """
+    """Take a snapshot of hosts with everything that runs on them; they stand still meanwhile, all at once."""
     from orchestrator.hosts import machinesnapshots
 
     with _machines(hosts, file, lab) as (machines, state), state.lock(), contextlib.ExitStack() as stack:
         with waiting(f"snapshot {name}") as progress:
             domains = {each.host.name: stack.enter_context(each.machine()) for each in machines}
+            for host, dom in domains.items():
+                machinesnapshots.check_free(host, dom, name)
             try:
                 for dom in domains.values():
                     if dom.isActive():
                         dom.suspend()
                 progress("saving")
                 _each(machines, lambda each: machinesnapshots.save(each.host.name, domains[each.host.name], name))
+            except BaseException:  # of all hosts, or of none
+                for host, dom in domains.items():
+                    with contextlib.suppress(OrchestratorError):
+                        machinesnapshots.delete(host, dom, name)
+                raise
             finally:
                 for dom in domains.values():
                     if dom.isActive():

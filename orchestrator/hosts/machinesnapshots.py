@@ -13,7 +13,7 @@ from typing import Any
 
 import libvirt
 
-from orchestrator.errors import HostError, NotFoundError
+from orchestrator.errors import HostError, NotFoundError, StateError
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,23 @@ class MachineSnapshot:
         return asdict(self)
 
 
+def check_free(host: str, dom: libvirt.virDomain, name: str) -> None:
+    """:raise StateError: there is a snapshot of that name already."""
+    if name in (old.getName() for old in dom.listAllSnapshots()):
+        raise StateError(
+            f"host {host} has a snapshot {name} already",
+            hint=f"choose another name, or: orchestrator host snapshot delete {name}",
+        )
+
+
 def save(host: str, dom: libvirt.virDomain, name: str) -> None:
-    """Take a snapshot; one of that name is replaced. The machine stands still meanwhile.
+    """Take a snapshot. The machine stands still meanwhile.
 
     :raise HostError: libvirt refuses.
     """
     root = ET.Element("domainsnapshot")
     ET.SubElement(root, "name").text = name
     try:
-        for old in dom.listAllSnapshots():
-            if old.getName() == name:
-                old.delete()
         dom.snapshotCreateXML(ET.tostring(root, encoding="unicode"))
     except libvirt.libvirtError as error:
         raise HostError(f"host {host}: no snapshot could be taken: {error.get_error_message()}") from error

@@ -241,9 +241,8 @@ class VagrantTransport:
         if conn is None:
             return HostFacts(present=True, broken=True, problems=("this machine's libvirtd does not run",))
         dom = self._domain(conn)
-        if dom is None or not dom.isActive():
-            problem = "the machine is off" if dom else "the machine is missing"
-            return HostFacts(present=True, broken=True, problems=(problem,))
+        if dom is None or dom.state()[0] != libvirt.VIR_DOMAIN_RUNNING:
+            return HostFacts(present=True, broken=True, problems=(f"the machine is {_state(dom)}",))
         differences = self._differences(dom)
         problems = list(differences)
         try:
@@ -273,6 +272,8 @@ class VagrantTransport:
                 dom = None
             if dom is None:
                 self._start(conn, progress, cancel)
+            elif dom.state()[0] == libvirt.VIR_DOMAIN_PAUSED:  # by a command that was killed, or by hand
+                dom.resume()
             self._await(conn, progress, cancel)
         if not self._is_provisioned():
             self._provision(progress, cancel)
@@ -403,6 +404,12 @@ class VagrantTransport:
         if self._ssh is not None:
             self._ssh.close()
             self._ssh = None
+
+
+def _state(dom: libvirt.virDomain | None) -> str:
+    if dom is None:
+        return "missing"
+    return {libvirt.VIR_DOMAIN_SHUTOFF: "off", libvirt.VIR_DOMAIN_PAUSED: "paused"}.get(dom.state()[0], "not running")
 
 
 def _refused(host: str, error: libvirt.libvirtError) -> HostError:

@@ -22,7 +22,7 @@ from typing import Any
 from orchestrator import paths
 from orchestrator.errors import CommandError, HostError
 from orchestrator.patience import scaled
-from orchestrator.run import TAIL_LINES, follow, run
+from orchestrator.run import TAIL_LINES, follow, run, shell_line
 
 BOOT_SECONDS = 600
 COMMAND_SECONDS = 1800
@@ -31,7 +31,7 @@ HINT = "apt-get install vagrant vagrant-libvirt"
 
 _CREATED = re.compile(r"starting domain|waiting for", re.IGNORECASE)
 _TRACE = re.compile(r"\s+from /.*:in `")
-_STEP = re.compile(r"^(?:==> )?\S+: (\S.*?)(?:\.\.\.|\.)?$")
+_STEP = re.compile(r"^(?:==>)?\s*\S+: (\S.*?)(?:\.\.\.|\.)?$")
 _TELLING = re.compile(
     r"Uploading|Creating image|Creating domain with|Starting domain|Waiting for|Inserting|Setting hostname|"
     r"Configuring and enabling|Removing domain|Halting|Attempting"
@@ -174,7 +174,7 @@ class Project:
             raise HostError(
                 f"{failure}: {error.message}",
                 hint=HINT if missing else None,
-                command=f"cd {self.folder} && vagrant {' '.join(args)}",
+                command=shell_line(["vagrant", *args], cwd=self.folder),
                 tail=said[-TAIL_LINES:],
             ) from error
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Sandbox
+from tests.guest_use import wait_until
 from tests.integration.computers import STATE_MIB, Computers, computers
 
 pytestmark = pytest.mark.privileged
@@ -126,13 +127,6 @@ def from_home(trip: Trip) -> Iterator[Trip]:
     yield Trip(trip.lab, trip.machines, "one")
     trip.lab.file(lab_file(trip.machines))
     trip.lab.run("up", "--yes")
-
-
-def wait_until(done: Callable[[], Any], what: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not done():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def read_until(process: subprocess.Popen[str], wanted: str) -> str:

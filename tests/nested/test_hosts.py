@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.guest_use import read_until
+from tests.conftest import Machine
+from tests.guest_use import read_until, wait_until
 from tests.nested.conftest import LAB, Lab
 
 VIRSH = ["virsh", "-q", "-c", "qemu:///system"]
@@ -162,6 +163,56 @@ def test_playbook_that_fails_on_one_host_names_it_and_the_other_is_done(lab: Lab
     assert again["beta"] > 0
 
 
+def test_host_that_stands_still_goes_on(lab: Lab) -> None:
+    """As a snapshot that was killed in the middle leaves it."""
+    virsh("suspend", "orc-nested-beta")
+
+    still = lab.json("host", "list")
+    lab.run("up")
+
+    assert [(host["name"], host["problem"]) for host in still if host["problem"]] == [
+        ("beta", "the machine is paused")
+    ]
+    assert lab.exec("eve", "hostname") == "eve\n"
+
+
+def test_halted_hosts_start_again_with_what_the_file_says_now_and_networks_that_were_lost(lab: Lab) -> None:
+    lab.on("beta", "echo kept > /root/mark && sync")
+    lab.run("down", "--halt")
+    off = virsh("list", "--all", "--state-shutoff", "--name").split()
+    running = virsh("list", "--name").split()
+    for network in ("vagrant-libvirt", "orc-nested"):
+        virsh("net-destroy", network)
+        virsh("net-undefine", network)
+
+    lab.file(LAB.replace("beta: {kind: vagrant, memory: 2G", "beta: {kind: vagrant, memory: 1536M"))
+    lab.run("up")
+
+    assert {"orc-nested-alpha", "orc-nested-beta"} <= set(off)
+    assert not {"orc-nested-alpha", "orc-nested-beta"} & set(running)
+    assert lab.on("beta", "cat /root/mark") == "kept\n"
+    assert 1 << 30 < lab.json("host", "facts", "beta")["memory"]["total"] < 1536 << 20
+    assert all(one["milliseconds"] is not None for one in lab.json("reach"))
+
+
+def test_build_of_a_box_that_is_killed_leaves_nothing_and_the_boxes_that_were_there(nested: Lab) -> None:
+    before = Machine.look(), nested.json("box", "list")
+    build = nested.start("box", "build", "--refresh")
+
+    def installing() -> list[str]:
+        return subprocess.run(["pgrep", "-x", "mmdebstrap"], capture_output=True, text=True).stdout.split()
+
+    wait_until(installing, "nothing is installed")
+    time.sleep(5)
+    build.kill()
+    build.communicate(timeout=60)
+    wait_until(lambda: not installing(), "what it has started runs on")
+
+    assert Machine.look().new_since(before[0]) == {}
+    assert nested.json("box", "list") == before[1]
+    assert nested.run("box", "build").stdout.strip() == next(box["name"] for box in before[1] if box["in_use"])
+
+
 # -- the lab changes -------------------------------------------------------------------------------------------------
 
 
@@ -184,11 +235,10 @@ def test_up_that_is_broken_off_while_a_host_is_made(lab: Lab, number: int) -> No
     first = lab.start("up")
     assert first.stderr
     read_until(first.stderr.fileno(), b"gamma")
-    deadline = time.monotonic() + 300
-    while "orc-nested-gamma" not in virsh("list", "--all", "--name"):
-        assert time.monotonic() < deadline
-        assert first.poll() is None
-        time.sleep(0.2)
+    wait_until(
+        lambda: first.poll() is not None or "orc-nested-gamma" in virsh("list", "--all", "--name"), "it is not made"
+    )
+    assert first.poll() is None
     first.send_signal(number)
     first.communicate(timeout=300)
 
@@ -200,6 +250,36 @@ def test_up_that_is_broken_off_while_a_host_is_made(lab: Lab, number: int) -> No
 
     assert "orc-nested-gamma" not in virsh("list", "--all", "--name")
     assert "orc-nested-gamma" not in virsh("vol-list", "default")
+
+
+def test_guest_moves_live_while_it_computes_and_is_pinged(lab: Lab) -> None:
+    fill = (
+        "mount -t tmpfs -o size=40m tmpfs /mnt && head -c 32000000 /dev/urandom > /mnt/pattern && md5sum /mnt/pattern"
+    )
+    count = "n=0; while sleep 0.1; do n=$((n + 1)); echo $n > /mnt/next; mv /mnt/next /mnt/count; done"
+    before = lab.exec("ann", "sh", "-c", fill)
+    boot = lab.exec("ann", "cat", "/proc/sys/kernel/random/boot_id")
+    lab.exec("ann", "sh", "-c", f"({count}) > /dev/null 2>&1 &")
+    pinging = lab.start("exec", "--timeout", "300", "eve", "--", "ping", "-i", "0.2", "-w", "100", "10.10.0.2")
+
+    counted = int(lab.exec("ann", "sh", "-c", "sleep 1; cat /mnt/count"))
+    report = lab.json("guest", "migrate", "ann", "beta")
+
+    there = lab.on("beta", "virsh -c qemu:///system list --name").split()
+    here = lab.on("alpha", "virsh -c qemu:///system list --all --name").split()
+    after = lab.exec("ann", "md5sum", "/mnt/pattern")
+    goes_on = int(lab.exec("ann", "cat", "/mnt/count"))
+    pings, _ = pinging.communicate(timeout=200)
+    lab.run("guest", "migrate", "ann", "alpha")
+    print(report)  # noqa: T201
+
+    assert ("nested.ann" in there, "nested.ann" in here) == (True, False)
+    assert (after, lab.exec("ann", "cat", "/proc/sys/kernel/random/boot_id")) == (before, boot)
+    assert goes_on > counted
+    assert 0 < report["downtime_seconds"] < report["seconds"]
+    numbers = [int(number) for number in re.findall(r"seq=(\d+)", pings)]
+    lost = max(numbers) + 1 - len(set(numbers))
+    assert lost < 100, f"{lost} of {max(numbers)} pings lost, five a second"
 
 
 # -- snapshots -------------------------------------------------------------------------------------------------------
