@@ -7,7 +7,7 @@ Only what carries our mark is ever looked at, and only what is provably dead is 
   folder, no QEMU, no process in a namespace;
 * a runtime folder whose agent is dead, with neither a QEMU nor a namespace: also of a lab that is known.
 
-A lab that is down and keeps its disks is none. A state folder that cannot be read is reported but never removed.
+A lab that is down and keeps its disks is none; a machine of another state folder never is. A state folder that cannot be read is reported but never removed.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -30,7 +30,7 @@ from orchestrator.doctor.model import Finding, bad, good, unknown
 from orchestrator.errors import OrchestratorError
 from orchestrator.hosts import agentproc
 
-Kind = Literal["process", "link", "namespace", "runtime", "state"]
+Kind = Literal["process", "machine", "network", "link", "namespace", "runtime", "state"]
 
 NETNS = Path("/run/netns")
 AGENT = "orchestrator.agent"
@@ -38,15 +38,15 @@ AGENT = "orchestrator.agent"
 PROGRAMS = ("qemu-system-", "qemu-kvm")
 """How the names of the other programs begin that run for a lab, with its runtime folder on their command lines."""
 
-_ORDER: tuple[Kind, ...] = ("process", "link", "namespace", "runtime", "state")
+_ORDER: tuple[Kind, ...] = ("process", "machine", "network", "link", "namespace", "runtime", "state")
 
 
 @dataclass(frozen=True)
 class Leftover:
     """One thing that a dead lab left behind.
 
-    :param name: ``PID:START`` of a process, where START is the kernel's start time; name of a link or namespace; path
-        of a folder.
+    :param name: ``PID:START`` of a process, where START is the kernel's start time; name of a machine, network, link
+        or namespace; path of a folder.
     :param lab: the lab's name, or "" where it cannot be told.
     """
 
@@ -101,7 +101,7 @@ def leftovers() -> list[Leftover]:
     Namespaces cannot be looked into without root and are then not listed.
     """
     owners = {folder: owner for folder in _subfolders(paths.runtime()) if (owner := _owner(folder))}
-    things = [*_processes(owners), *_links(), *_namespaces(), *_runtime_folders(owners)]
+    things = [*_processes(owners), *_machines(), *_links(), *_namespaces(), *_runtime_folders(owners)]
     labs = _Labs()  # after the things: a lab that is just being made has its state folder first
     orphaned = {thing.uid for thing in things if thing.orphaned}
     alive = {thing.uid for thing in things if thing.alive} - orphaned
@@ -182,6 +182,8 @@ def _remove(item: Leftover) -> str:
             case "process":
                 pid, _, start = item.name.partition(":")
                 agentproc.end_process(int(pid), start, f"a process of lab {item.lab}")
+            case "machine" | "network":
+                _erase(item)
             case "link":
                 with IPRoute() as ip:
                     for index, name, mark in _marked(ip):
@@ -194,6 +196,21 @@ def _remove(item: Leftover) -> str:
     except (OSError, OrchestratorError) as error:
         return f"cannot be removed: {error}"
     return "removed"
+
+
+def _erase(item: Leftover) -> None:
+    """Remove a machine or a network of libvirt."""
+    from orchestrator.hosts import libvirtd, machines, underlay
+
+    with libvirtd.session() as conn:
+        if item.kind == "machine":
+            for dom, mark in machines.all_marked(conn):
+                if (dom.name(), mark[0]) == (item.name, item.uid):
+                    machines.erase(dom)
+        else:
+            for network, mark in underlay.all_marked(conn):
+                if (network.name(), mark[0]) == (item.name, item.uid):
+                    underlay.erase(network)
 
 
 def _remove_folder(folder: Path) -> None:
@@ -257,6 +274,24 @@ def _processes(owners: Mapping[Path, agentproc.Owner]) -> Iterator[_Thing]:
             for folder in owners.keys() & set(map(Path, runtime.findall(line))):
                 owner = owners[folder]
                 yield _Thing("process", name, owner.lab, owner.uid, alive=True, folder=folder)
+
+
+def _machines() -> Iterator[_Thing]:
+    """Virtual machines that are hosts, and their networks, if this machine's libvirtd runs."""
+    if os.geteuid() != 0:
+        return
+    from orchestrator.hosts import libvirtd, machines, underlay
+
+    conn = libvirtd.connect()
+    if conn is None:
+        return
+    with contextlib.closing(conn):
+        for dom, mark in machines.all_marked(conn):
+            uid, _, host = mark
+            lab = dom.name().removeprefix("orc-").removesuffix(f"-{host}")
+            yield _Thing("machine", dom.name(), lab, uid, alive=True)  # also one that is off: it has disks
+        for network, mark in underlay.all_marked(conn):
+            yield _Thing("network", network.name(), network.name().removeprefix("orc-"), mark[0])
 
 
 def _sees(pid: int, path: str) -> bool:

@@ -17,9 +17,12 @@ from orchestrator.errors import HostError, TakenError
 from orchestrator.hosts import libvirtd
 from orchestrator.spec.resolved import ResolvedLab
 
-_NETWORK_XML = """\
+NAMESPACE = "urn:orchestrator:underlay:1"
+_TAG = f"{{{NAMESPACE}}}underlay"
+_NETWORK_XML = f"""\
 <network>
   <name/>
+  <metadata><orchestrator:underlay xmlns:orchestrator="{NAMESPACE}"/></metadata>
   <bridge stp="off" delay="0"/>
   <mtu/>
 </network>
@@ -34,6 +37,28 @@ def bridge_name(lab: ResolvedLab) -> str:
     return names.link("n", lab.uid, "underlay")
 
 
+def _mark(lab: ResolvedLab) -> str:
+    return names.mark(lab.uid, "network", "underlay")
+
+
+def mark_of(network: libvirt.virNetwork) -> tuple[str, str, str] | None:
+    """Our mark, see :func:`orchestrator.names.parse_mark`; None where it is not ours."""
+    found = ET.fromstring(network.XMLDesc()).find(f"metadata/{_TAG}")
+    return names.parse_mark(found.get("mark")) if found is not None else None
+
+
+def all_marked(conn: libvirt.virConnect) -> list[tuple[libvirt.virNetwork, tuple[str, str, str]]]:
+    """Every underlay, with its mark."""
+    return [(network, mark) for network in conn.listAllNetworks() if (mark := mark_of(network))]
+
+
+def erase(network: libvirt.virNetwork) -> None:
+    """:raise libvirt.libvirtError: libvirt refuses."""
+    if network.isActive():
+        network.destroy()
+    network.undefine()
+
+
 def ensure(lab: ResolvedLab, conn: libvirt.virConnect) -> None:
     """Make the lab's underlay: a network without any address of this machine, which leads nowhere else.
 
@@ -44,11 +69,12 @@ def ensure(lab: ResolvedLab, conn: libvirt.virConnect) -> None:
         with libvirtd.alone():
             network = _network(lab, conn)
             if network is not None and not _has_mtu(network, lab.underlay_mtu) and not _connections(network):
-                _undefine(network)
+                erase(network)
                 network = None
             if network is None:
                 root = ET.fromstring(_NETWORK_XML)
                 _child(root, "name").text = network_name(lab)
+                _child(root, f"metadata/{_TAG}").set("mark", _mark(lab))
                 _child(root, "bridge").set("name", bridge_name(lab))
                 _child(root, "mtu").set("size", str(lab.underlay_mtu))
                 network = conn.networkDefineXML(ET.tostring(root, encoding="unicode"))
@@ -68,7 +94,7 @@ def remove(lab: ResolvedLab, conn: libvirt.virConnect) -> None:
         try:
             network = _network(lab, conn)
             if network is not None and not _connections(network):
-                _undefine(network)
+                erase(network)
         except libvirt.libvirtError as error:
             raise HostError(f"the underlay of lab {lab.lab} stays: {error.get_error_message()}") from error
 
@@ -80,18 +106,12 @@ def _network(lab: ResolvedLab, conn: libvirt.virConnect) -> libvirt.virNetwork |
         if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
             return None
         raise
-    if _child(ET.fromstring(network.XMLDesc()), "bridge").get("name") != bridge_name(lab):
+    if mark_of(network) != names.parse_mark(_mark(lab)):
         raise TakenError(
             f"libvirt's network {network_name(lab)} belongs to somebody else",
             hint=f"rename the lab, or remove it: virsh -c {libvirtd.URI} net-undefine {network_name(lab)}",
         )
     return network
-
-
-def _undefine(network: libvirt.virNetwork) -> None:
-    if network.isActive():
-        network.destroy()
-    network.undefine()
 
 
 def _connections(network: libvirt.virNetwork) -> int:

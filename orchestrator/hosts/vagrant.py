@@ -26,7 +26,7 @@ import paramiko
 
 from orchestrator import names, paths
 from orchestrator.errors import CancelledError, HostError, HostKeyError, StateError, TakenError
-from orchestrator.hosts import accel, libvirtd, machinesnapshots, provision, roles, underlay
+from orchestrator.hosts import accel, libvirtd, machines, machinesnapshots, provision, roles, underlay
 from orchestrator.hosts.model import SshHost, VagrantHost
 from orchestrator.hosts.rpc import Progress, Stream
 from orchestrator.hosts.ssh import SshTransport
@@ -85,7 +85,6 @@ class VagrantTransport:
         self.project = Project(lab.lab)
         self._box = box
         self._mark = names.mark(lab.uid, "machine", host.name)
-        self._prefix = f"orc-{lab.lab}-"
         self._ssh: SshTransport | None = None
 
     # -- the machine ---------------------------------------------------------------------------------------------
@@ -113,21 +112,18 @@ class VagrantTransport:
 
         :raise TakenError: they are somebody else's.
         """
-        name = f"{self._prefix}{self.host.name}"
+        name = f"{machines.prefix(self.lab.lab)}{self.host.name}"
         try:
             dom = conn.lookupByName(name)
         except libvirt.libvirtError:
-            dom = None
-        if dom is not None:
-            if ET.fromstring(dom.XMLDesc()).findtext("description", "").strip() != self._mark:
-                raise TakenError(
-                    f"host {self.host.name}: a domain named {name} belongs to somebody else",
-                    hint=f"rename the lab or the host, or remove it: virsh -c {libvirtd.URI} undefine {name}",
-                )
-            if dom.isActive():
-                dom.destroy()
-            dom.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
-        libvirtd.remove_volumes(f"{name}.img", f"{name}-vd")
+            machines.erase_disks(name)
+            return
+        if machines.mark_of(dom) != names.parse_mark(self._mark):
+            raise TakenError(
+                f"host {self.host.name}: a domain named {name} belongs to somebody else",
+                hint=f"rename the lab or the host, or remove it: virsh -c {libvirtd.URI} undefine {name}",
+            )
+        machines.erase(dom)
 
     def _running(self, conn: libvirt.virConnect) -> libvirt.virDomain | None:
         dom = self._domain(conn)
@@ -149,7 +145,7 @@ class VagrantTransport:
 
     def _common(self) -> dict[str, Any]:
         return {
-            "prefix": self._prefix,
+            "prefix": machines.prefix(self.lab.lab),
             "network": underlay.network_name(self.lab),
             "netmask": str(IPv4Network(f"{self.host.underlay}/{self.lab.underlay_prefix}", strict=False).netmask),
             "mtu": self.lab.underlay_mtu,

@@ -26,11 +26,12 @@ Start = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """State and runtime folders of its own, and no links or namespaces."""
+    """State and runtime folders of its own, and no links, namespaces or machines."""
     monkeypatch.setenv("ORCHESTRATOR_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("ORCHESTRATOR_RUN", str(tmp_path / "run"))
     monkeypatch.setattr(leftover, "NETNS", tmp_path / "netns")
     monkeypatch.setattr(leftover, "_links", lambda: [])
+    monkeypatch.setattr(leftover, "_machines", lambda: [])
     return tmp_path
 
 
