@@ -7,7 +7,8 @@ Only what carries our mark is ever looked at, and only what is provably dead is 
   folder, no QEMU, no process in a namespace;
 * a runtime folder whose agent is dead, with neither a QEMU nor a namespace: also of a lab that is known.
 
-A lab that is down and keeps its disks is none; a machine of another state folder never is. A state folder that cannot be read is reported but never removed.
+A lab that is down and keeps its disks is none; a machine of another state folder never is. A state folder that cannot
+be read is reported but never removed.
 """
 
 # SPDX-License-Identifier: Apache-2.0
