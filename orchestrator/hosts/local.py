@@ -131,6 +131,8 @@ class LocalTransport:
                     problems.append(f"underlay address: {', '.join(have) or 'none'} → {wanted}")
         if self._joins and not self._is_joined():
             problems.append("the underlay does not reach the Vagrant hosts")
+        if not self._joins and self._has_joint():
+            problems.append("the underlay leads to Vagrant hosts that are gone")
         wanted_routes = self._uplink_routes()
         have_routes = self._have_routes()
         if wanted_routes != have_routes:
@@ -168,6 +170,8 @@ class LocalTransport:
             if self._joins and not self._is_joined():
                 progress("joining the underlay of the Vagrant hosts")
                 self._join()
+            elif not self._joins:
+                self._part()
         self._ensure_uplink()
         progress("agent")
         self.start_agent()
@@ -235,6 +239,16 @@ class LocalTransport:
             ip.link("set", index=joint, ifalias=mark, master=bridge, mtu=mtu, state="up")
         with _inside(self.underlay_namespace) as ip:
             ip.link("set", index=_index(ip, JOINT), master=_index(ip, UNDERLAY), mtu=mtu, state="up")
+
+    def _has_joint(self) -> bool:
+        with IPRoute() as ip:
+            return _index(ip, self._joint) is not None
+
+    def _part(self) -> None:
+        with IPRoute() as ip:
+            index = _index(ip, self._joint)
+            if index is not None:
+                ip.link("del", index=index)
 
     def _ensure_uplink(self) -> None:
         wanted = self._uplink_routes()

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
+from orchestrator import names
 from tests.conftest import Machine, Sandbox
 
 pytestmark = pytest.mark.privileged
@@ -107,6 +109,21 @@ def test_damaged_network_is_healed_by_up(lab: Sandbox) -> None:
 
     assert [(one["subject"], one["impact"]) for one in plan] == [("network lan", "live")]
     assert all(one["milliseconds"] is not None for one in lab.json("reach"))
+
+
+def test_underlay_that_led_to_vagrant_hosts_is_parted_from_them(lab: Sandbox) -> None:
+    uid = json.loads((lab.folder / "state/labs/nets/lab.json").read_text())["uid"]
+    joint = names.link("j", uid, "underlay")
+    subprocess.run(
+        ["ip", "link", "add", joint, "type", "veth", "peer", "name", "joint", "netns", "orc.nets"], check=True
+    )
+
+    plan = lab.json("plan")["operations"]
+    lab.run("up")
+
+    assert {(one["subject"], one["impact"]) for one in plan} == {("host alpha", "live"), ("host beta", "live")}
+    assert joint not in Machine.look().links
+    assert "nothing to do" in lab.run("up").stderr
 
 
 def test_bridge_name_taken_by_somebody_else(sandbox: Sandbox) -> None:
