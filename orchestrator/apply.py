@@ -84,6 +84,11 @@ class Executor:
                 self._clients[host] = client(self._transports[host])
             return self._clients[host]
 
+    def _forget(self, host: str) -> None:
+        with self._lock_of(f"host {host}"):
+            if connection := self._clients.pop(host, None):
+                connection.close()
+
     def call(
         self,
         host: str,
@@ -161,16 +166,15 @@ class Executor:
         transport = self._transports.get(operation.host)
         if operation.method == "host.ensure":
             assert transport
+            self._forget(operation.host)  # its agent may be another one afterwards
             transport.ensure(progress, cancel)
         elif operation.method == "host.halt":
             assert transport
-            if connection := self._clients.pop(operation.host, None):
-                connection.close()
+            self._forget(operation.host)
             transport.halt(progress)
         elif operation.method == "host.remove":
             assert transport
-            if connection := self._clients.pop(operation.host, None):
-                connection.close()
+            self._forget(operation.host)
             transport.remove(progress)
         elif operation.method == "image.ensure":
             name = operation.params["name"]

@@ -159,6 +159,10 @@ class HostKeyError(HostError):
     """A host shows another SSH key than the one that is known: it may not be the host that it was."""
 
 
+class HostLostError(HostError):
+    """The connection to a host broke while something was done there."""
+
+
 class LockedError(OrchestratorError):
     """Another command is changing the same lab."""
 

@@ -22,7 +22,7 @@ from typing import Any
 import paramiko
 
 from orchestrator import __version__
-from orchestrator.errors import HostError, HostKeyError
+from orchestrator.errors import HostError, HostKeyError, HostLostError
 from orchestrator.hosts.install import bundle, our_digest
 from orchestrator.hosts.model import SshHost
 from orchestrator.hosts.rpc import Progress, Stream
@@ -34,6 +34,7 @@ CONNECT_SECONDS = 15
 COMMAND_SECONDS = 60
 INSTALL_SECONDS = 600
 DEFAULT_TOOLKIT = "/opt/orchestrator/bin/orchestrator"
+CACHE = "/var/cache/orchestrator"
 PYTHON = "/usr/bin/python3"  # the distribution's own, which has its bindings of libvirt
 NO_PASSWORD = "allow it there, with visudo: {user} ALL=(ALL) NOPASSWD: ALL"
 
@@ -142,7 +143,8 @@ class Connection:
     def run(self, command: str, seconds: float = COMMAND_SECONDS) -> tuple[int, bytes, bytes]:
         """Run a shell command as the user that logs in: exit status, output, errors.
 
-        :raise HostError: the connection fails, or the command does not end in time.
+        :raise HostLostError: the connection breaks.
+        :raise HostError: there is none, or the command does not end in time.
         """
         try:
             _, out, err = self.client().exec_command(command, timeout=seconds)
@@ -151,7 +153,7 @@ class Connection:
         except TimeoutError as error:
             raise HostError(f"host {self.name}: no answer within {seconds:.0f} s", command=command) from error
         except (paramiko.SSHException, OSError, EOFError) as error:
-            raise HostError(f"host {self.name}: the connection broke: {error}", command=command) from error
+            raise HostLostError(f"host {self.name}: the connection broke: {error}", command=command) from error
 
     def as_root(self, command: str) -> str:
         """``command`` as a shell command that runs as root.
@@ -324,7 +326,10 @@ class SshTransport:
         try:
             file = f"{folder}/{made.name}"
             self.connection.put(made, file)
-            command = self.connection.as_root(shlex.join([PYTHON, file, f"--prefix={prefix}"]))
+            kept = f'"${{ORCHESTRATOR_CACHE:-{CACHE}}}/bundle.pyz"'  # where Ansible's role has it too
+            command = self.connection.as_root(
+                f"install -D -m 644 {file} {kept} && {shlex.join([PYTHON, file, f'--prefix={prefix}'])}"
+            )
             status, stdout, stderr = self.connection.run(command, INSTALL_SECONDS)
         finally:
             with contextlib.suppress(HostError):  # the connection broke, which is said already

@@ -25,7 +25,7 @@ import libvirt
 import paramiko
 
 from orchestrator import names, paths
-from orchestrator.errors import CancelledError, HostError, HostKeyError, StateError, TakenError
+from orchestrator.errors import CancelledError, HostError, HostKeyError, HostLostError, StateError, TakenError
 from orchestrator.hosts import accel, libvirtd, machines, machinesnapshots, provision, roles, underlay
 from orchestrator.hosts.model import SshHost, VagrantHost
 from orchestrator.hosts.rpc import Progress, Stream
@@ -259,6 +259,19 @@ class VagrantTransport:
 
     def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
         _need_root()
+        deadline = Deadline(scaled(BOOT_SECONDS))
+        while True:
+            try:
+                self._make(progress, cancel)
+                return
+            except HostLostError:  # it was on its way down when it answered
+                if deadline.passed:
+                    raise
+            self.close()
+            progress("it went away: waiting for it to come back")
+            time.sleep(1)
+
+    def _make(self, progress: Progress, cancel: threading.Event | None) -> None:
         with libvirtd.session() as conn:
             underlay.ensure(self.lab, conn)
             dom = self._running(conn)

@@ -116,6 +116,7 @@ class MemoryHost:
     :ivar problem: set, the host does not answer, for this reason.
     :ivar on_call: sees ``(method, call, params)`` before each call of the agent is carried out.
     :ivar calls: the names of the calls that came, in order.
+    :ivar streams: this side of each connection; a restart of the host breaks them.
     """
 
     def __init__(self, name: str, observed: ObservedHost | None = None) -> None:
@@ -129,6 +130,7 @@ class MemoryHost:
         self.links: dict[str, tuple[queue.SimpleQueue[bytes], queue.SimpleQueue[bytes]]] = {}
         self.on_call: OnCall = lambda method, call, params: None
         self.calls: list[str] = []
+        self.streams: list[socket.socket] = []
 
     def observed(self) -> ObservedHost:
         if self.problem:
@@ -375,6 +377,9 @@ class MemoryTransport:
     def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
         self._answers()
         progress("in memory")
+        if self.memory.facts.restart:
+            for stream in self.memory.streams:
+                stream.shutdown(socket.SHUT_RDWR)
         self.memory.facts = HostFacts(present=True, agent=True)
 
     def start_agent(self) -> None:
@@ -395,6 +400,7 @@ class MemoryTransport:
         if not self.memory.facts.agent:
             raise HostError(f"{self.host.name}: no agent answers")
         ours, theirs = socket.socketpair()
+        self.memory.streams.append(theirs)
         server = Server()
         self.memory.register(server)
         threading.Thread(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -547,6 +548,19 @@ def test_host_that_dies_meanwhile_fails_its_operations_only(run: Run) -> None:
 
     assert {failed.host for failed, _ in outcome.failed} == {"alpha"}
     assert sorted(facts.name for facts in run.memory.host("beta").observed().guests) == ["dan", "eve"]
+
+
+def test_host_that_restarts_is_connected_to_anew(run: Run) -> None:
+    run.up()
+    alpha = run.memory.host("alpha")
+    executor = run.executor()
+    executor.call("alpha", "guest.facts", {})
+    alpha.facts = replace(alpha.facts, restart=True)
+    restart = replace(operation("restart"), method="host.ensure")
+
+    executor.carry_out(restart, lambda _: None, threading.Event())
+
+    assert executor.call("alpha", "guest.facts", {})
 
 
 def test_guests_get_the_labs_keys_and_the_images_files(run: Run) -> None:

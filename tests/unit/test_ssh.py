@@ -114,7 +114,12 @@ def test_another_toolkit_is_replaced(make: Make, found: dict[str, Any] | None) -
     ensure(transport)
 
     assert far.files == ["/tmp/x/orchestrator-3.13.pyz"]
-    assert f"{ssh.PYTHON} /tmp/x/orchestrator-3.13.pyz --prefix=/opt/orchestrator" in far.said
+    (command,) = (command for command in far.said if "--prefix" in command)
+    bundle = "/tmp/x/orchestrator-3.13.pyz"
+    assert command == (
+        f'install -D -m 644 {bundle} "${{ORCHESTRATOR_CACHE:-/var/cache/orchestrator}}/bundle.pyz" && '
+        f"{ssh.PYTHON} {bundle} --prefix=/opt/orchestrator"
+    )
     assert "rm -rf /tmp/x" in far.said
     assert " start " in far.said[-1]
 
