@@ -23,6 +23,7 @@ from orchestrator.cli.session import (
     LabOption,
     OutputOption,
     current,
+    look,
     refuse_other_file,
     transports,
     wished,
@@ -211,7 +212,7 @@ def up(
     lab, state = wished(file)
     with state.lock(), transports(before := _with_former(lab, state.load())) as hosts:
         refuse_other_file(state, lab, take_over)
-        made = build(lab, observe(lab, hosts.values(), holder=output.step))
+        made = build(lab, look(lab, hosts))
         if not made and not made.unreachable:
             state.save(lab)
             output.note(f"lab {lab.lab} is as its file says: nothing to do ({time.monotonic() - began:.1f} s)")
@@ -307,7 +308,7 @@ def down(
             raise
         lab, state = wished(file)  # nothing is remembered: look whether something is there all the same
     with state.lock(), transports(lab) as hosts:
-        observed = observe(lab, hosts.values(), holder=output.step)
+        observed = look(lab, hosts, leaving=not halt)
         if halt:
             made = power.halt(lab, observed)
             conclude(carry_out(made, Executor(lab, hosts, []), jobs), made)

@@ -22,13 +22,13 @@ from orchestrator.cli.session import (
     current,
     guest_of,
     host_of,
+    look,
     transports,
 )
 from orchestrator.errors import HostError, StateError
 from orchestrator.hosts.transport import Transport
 from orchestrator.plan.build import build
 from orchestrator.plan.moves import hindrance, whereabouts
-from orchestrator.plan.observe import observe
 from orchestrator.plan.operations import MIGRATE, ObservedLab, Operation, Plan
 from orchestrator.spec.resolved import ResolvedLab
 from orchestrator.state import LabState
@@ -58,7 +58,7 @@ def migrate(
         host_of(lab, host)
         wanted = lab.with_guest(wish.model_copy(update={"host": host}))
         with transports(lab) as hosts:
-            observed = observe(lab, hosts.values(), holder=output.step)
+            observed = look(lab, hosts)
             made = _part_of(build(wanted, observed), guest, host)
             if made is None:
                 _check_there(wanted, observed, guest)
@@ -138,7 +138,7 @@ def _tidy(lab: ResolvedLab, guest: str, state: LabState, hosts: Mapping[str, Tra
     """Remove what a guest that is where ``lab`` says needs no longer, on this host or another; what cannot be removed
     now, the next ``up`` removes."""
     subjects = {f"guest {guest}", *(f"network {nic.network}" for nic in lab.guests[guest].nics)}
-    made = build(lab, observe(lab, hosts.values(), holder=output.step)).alone(
+    made = build(lab, look(lab, hosts)).alone(
         lambda operation: (
             operation.subject in subjects
             and operation.method in (DISCARD, "port.remove", "network.remove", "network.ensure")

@@ -79,11 +79,6 @@ def note(text: str) -> None:
     stderr.print(escape(text))
 
 
-def step(host: str, text: str) -> None:
-    """What is done on a host, before anything is planned."""
-    note(f"… host {host}: {text}")
-
-
 def error(failure: OrchestratorError) -> None:
     """An error with all that it carries. Never suppressed by ``--quiet``."""
     was_quiet, stderr.quiet = stderr.quiet, False

@@ -5,17 +5,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from orchestrator.cli.output import Format
+from orchestrator.cli.progress import waiting
 from orchestrator.errors import HostError, NotFoundError, OrchestratorError, SpecError
 from orchestrator.hosts.opening import open_host
 from orchestrator.hosts.rpc import Client, Stream
 from orchestrator.hosts.transport import Transport, client
+from orchestrator.plan.observe import observe
+from orchestrator.plan.operations import ObservedLab
 from orchestrator.spec.load import load
 from orchestrator.spec.resolve import resolve
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab
@@ -105,6 +108,16 @@ def transports(lab: ResolvedLab) -> Iterator[dict[str, Transport]]:
     finally:
         for transport in opened.values():
             transport.close()
+
+
+def look(lab: ResolvedLab, hosts: Mapping[str, Transport], *, leaving: bool = False) -> ObservedLab:
+    """What there is, for a command that holds the lab's lock; see :func:`~orchestrator.plan.observe.observe`."""
+    with waiting("looking at the hosts") as progress:
+
+        def told(host: str, text: str) -> None:
+            progress(f"host {host}: {text}")
+
+        return observe(lab, hosts.values(), holder=told, leaving=leaving)
 
 
 def host_of(lab: ResolvedLab, name: str) -> ResolvedHost:

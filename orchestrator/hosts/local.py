@@ -63,6 +63,7 @@ class LocalTransport:
     """A network namespace of this machine, with an agent and an embedded libvirt of its own."""
 
     shares_files = True
+    disposable = False
 
     def __init__(self, lab: ResolvedLab, host: ResolvedHost) -> None:
         self.host = host

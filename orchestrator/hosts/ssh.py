@@ -209,6 +209,7 @@ class SshTransport:
     """A machine reached by SSH, with an agent of this lab."""
 
     shares_files = False
+    disposable = False
 
     def __init__(self, lab: ResolvedLab, host: ResolvedHost) -> None:
         if not isinstance(host.spec, SshHost):

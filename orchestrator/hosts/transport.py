@@ -41,6 +41,8 @@ class Transport(Protocol):
     host: ResolvedHost
     shares_files: bool
     """The host sees this machine's files at the same paths, so that images need not be copied."""
+    disposable: bool
+    """Removing the host removes all that is on it."""
 
     def facts(self) -> HostFacts:
         """:raise HostError: the host does not answer."""

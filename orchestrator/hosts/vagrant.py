@@ -74,6 +74,7 @@ class VagrantTransport:
     """A virtual machine of this machine."""
 
     shares_files = False
+    disposable = True
 
     def __init__(self, lab: ResolvedLab, host: ResolvedHost, box: BoxProvider) -> None:
         """:param box: gives the name of the box for hosts that name none, building it where it must."""

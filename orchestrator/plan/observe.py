@@ -19,16 +19,20 @@ from orchestrator.switch.bridge import NetworkFacts
 Tell = Callable[[str, str], None]
 
 
-def observe(lab: ResolvedLab, transports: Iterable[Transport], *, holder: Tell | None = None) -> ObservedLab:
+def observe(
+    lab: ResolvedLab, transports: Iterable[Transport], *, holder: Tell | None = None, leaving: bool = False
+) -> ObservedLab:
     """What there is now. A host that does not answer is noted, and the others are asked all the same.
 
     :param holder: given by who holds the lab alone, and told of a host's name and what is done there: calls that
         commands killed a moment ago have left are waited for, and a toolkit that is another than ours is replaced.
+    :param leaving: the hosts will be removed: of one that goes with all that is on it nothing more is asked.
     :raise TakenError: a name of ours belongs to somebody else.
     """
     transports = list(transports)
     with ThreadPoolExecutor(max(1, len(transports)), "observe") as pool:
-        hosts = dict(pool.map(lambda transport: (transport.host.name, observe_host(transport, holder)), transports))
+        found = pool.map(lambda transport: observe_host(transport, holder, leaving=leaving), transports)
+        hosts = dict(zip((transport.host.name for transport in transports), found, strict=True))
     names = {guest.image for guest in lab.guests.values()}
     if any(host.spec.kind == "vagrant" for host in lab.hosts.values()):
         names.add(labhost.NAME)
@@ -36,13 +40,13 @@ def observe(lab: ResolvedLab, transports: Iterable[Transport], *, holder: Tell |
     return ObservedLab(hosts=hosts, images={name: image.id if image else None for name, image in cached.items()})
 
 
-def observe_host(transport: Transport, holder: Tell | None) -> ObservedHost:
+def observe_host(transport: Transport, holder: Tell | None, *, leaving: bool = False) -> ObservedHost:
     """One host: itself, then by its agent the networks and guests. An agent that has died is started again, as only
     it can tell."""
     facts = HostFacts()
     try:
         facts = transport.facts()
-        if not facts.present or facts.broken:
+        if not facts.present or facts.broken or (leaving and transport.disposable):
             return ObservedHost(facts)
         if facts.outdated and holder:
             transport.ensure(lambda text: holder(transport.host.name, text))

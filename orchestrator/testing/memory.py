@@ -361,6 +361,7 @@ class MemoryTransport:
     """A :class:`~orchestrator.hosts.transport.Transport` to a host in memory."""
 
     shares_files = True
+    disposable = False
 
     def __init__(self, host: ResolvedHost, memory: MemoryHost) -> None:
         self.host = host
@@ -379,7 +380,8 @@ class MemoryTransport:
         progress("in memory")
         if self.memory.facts.restart:
             for stream in self.memory.streams:
-                stream.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # closed already
+                    stream.shutdown(socket.SHUT_RDWR)
         self.memory.facts = HostFacts(present=True, agent=True)
 
     def start_agent(self) -> None:

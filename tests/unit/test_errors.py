@@ -19,6 +19,7 @@ EXIT_CODES = {
     "SpecError": 3,
     "HostError": 4,
     "HostKeyError": 4,
+    "HostLostError": 4,
     "LockedError": 5,
     "CancelledError": 130,
 }  # all others: 1

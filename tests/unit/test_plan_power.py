@@ -10,10 +10,11 @@ import pytest
 
 from orchestrator.hosts.transport import HostFacts
 from orchestrator.plan import power
-from orchestrator.plan.build import build
+from orchestrator.plan.build import build, build_removal
+from orchestrator.plan.observe import observe
 from orchestrator.plan.operations import Impact, ObservedHost, ObservedLab, Plan
 from orchestrator.spec.resolved import ResolvedLab
-from orchestrator.testing import perfect
+from orchestrator.testing import MemoryLab, perfect
 from tests.unit.labs import resolved
 
 pytestmark = pytest.mark.usefixtures("places")
@@ -103,3 +104,17 @@ def test_halt_leaves_out_a_host_that_does_not_answer() -> None:
 
     assert lines(plan) == ["restart guest ann alpha: shut down"]
     assert plan.unreachable == {"beta": "no answer"}
+
+
+def test_host_that_goes_with_all_that_is_on_it_is_not_asked_and_only_removed() -> None:
+    wished = lab()
+    memory = MemoryLab(perfect(wished))
+    hosts = [memory.transport(wished, name) for name in wished.hosts]
+    hosts[1].disposable = True
+
+    made = build_removal(wished, observe(wished, hosts, holder=lambda *_: None, leaving=True))
+    looked = observe(wished, hosts, holder=lambda *_: None)
+
+    assert [line for line in lines(made) if "beta" in line] == ["remove host beta beta: remove"]
+    assert "remove guest ann alpha: remove" in lines(made)
+    assert [facts.name for facts in looked.hosts["beta"].guests] == ["eve"]
