@@ -26,6 +26,8 @@ from ruamel.yaml import YAML
 from orchestrator.errors import Place, SpecError, from_wire
 from orchestrator.spec.load import LoadedLab, load
 from orchestrator.spec.model import LabSpec
+from orchestrator.spec.resolve import resolve
+from tests.unit.labs import EXAMPLES
 
 DATA = Path(__file__).parent / "data" / "spec"
 
@@ -574,3 +576,10 @@ def test_one_wrong_value_is_reported_in_its_line(lab: dict[str, Any], data: st.D
     with pytest.raises(SpecError) as caught:
         load_bytes(text.replace("MARK", garbage).encode())
     assert line in [problem.place.line for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_examples_are_lab_files(file: Path) -> None:
+    loaded = load(file)
+
+    assert set(resolve(loaded.spec, loaded.file).guests) == {"ann", "bob", "eve", "dan"}
