@@ -160,7 +160,7 @@ class HostKeyError(HostError):
 
 
 class HostLostError(HostError):
-    """The connection to a host broke while something was done there."""
+    """The connection to a host, or to its agent, broke, or nobody is at the other end."""
 
 
 class LockedError(OrchestratorError):

@@ -13,7 +13,7 @@ import typer
 
 from orchestrator.cli.output import Format
 from orchestrator.cli.progress import waiting
-from orchestrator.errors import HostError, NotFoundError, OrchestratorError, SpecError
+from orchestrator.errors import HostError, HostLostError, NotFoundError, OrchestratorError, SpecError
 from orchestrator.hosts.opening import open_host
 from orchestrator.hosts.rpc import Client, Stream
 from orchestrator.hosts.transport import Transport, client
@@ -132,6 +132,8 @@ def agent_of(transport: Transport) -> Client:
 
     :raise HostError: the host does not answer, or is not made yet.
     """
+    with contextlib.suppress(HostLostError):
+        return _greeted(client(transport))
     seen = transport.facts()
     if not seen.present or seen.broken:
         why = "; ".join(seen.problems) or "it is not there"
@@ -139,6 +141,15 @@ def agent_of(transport: Transport) -> Client:
     if not seen.agent:
         transport.start_agent()
     return client(transport)
+
+
+def _greeted(agent: Client) -> Client:
+    try:
+        agent.call("host.hello")
+    except HostLostError:
+        agent.close()
+        raise
+    return agent
 
 
 def guest_of(lab: ResolvedLab, name: str) -> ResolvedGuest:
@@ -164,18 +175,12 @@ class GuestSession:
     def __exit__(self, *_: object) -> None:
         self.transport.close()
 
-    def _client(self) -> Client:
-        try:
-            return client(self.transport)
-        except HostError:
-            return agent_of(self.transport)
-
     def call(self, method: str, progress: Callable[[str], None] | None = None, **params: Any) -> Any:
-        with self._client() as agent:
+        with agent_of(self.transport) as agent:
             return agent.call(method, {"guest": self.guest.name, **params}, progress=progress)
 
     def open(self, method: str, **params: Any) -> Stream:
-        _, stream = self._client().open(method, {"guest": self.guest.name, **params})
+        _, stream = agent_of(self.transport).open(method, {"guest": self.guest.name, **params})
         return stream
 
 

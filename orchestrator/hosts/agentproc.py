@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from orchestrator import names, paths
-from orchestrator.errors import HostError
+from orchestrator.errors import HostError, HostLostError
 from orchestrator.hosts.install import installed_digest
 from orchestrator.run import shell_line, spawn, tail_of
 
@@ -165,14 +165,14 @@ def write_owner(run_dir: Path, uid: str, lab: str, host: str, pid: int) -> None:
 
 
 def connect(place: AgentPlace) -> socket.socket:
-    """:raise HostError: no agent listens there."""
+    """:raise HostLostError: no agent listens there."""
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         stream.connect(str(place.socket))
     except OSError as error:
         stream.close()
         tail = tail_of(place.log.read_bytes()) if place.log.exists() else []
-        raise HostError(
+        raise HostLostError(
             f"{place.host}: no agent answers at {place.socket}: {error.strerror}",
             hint="`orchestrator up` starts it",
             tail=tail,
@@ -187,7 +187,7 @@ def answers(place: AgentPlace) -> bool:
         return False
     try:
         connect(place).close()
-    except HostError:
+    except HostLostError:
         return False
     return True
 

@@ -36,7 +36,7 @@ from typing import Any, Protocol
 
 from orchestrator.errors import (
     CancelledError,
-    HostError,
+    HostLostError,
     NotFoundError,
     OrchestratorError,
     ProtocolError,
@@ -309,7 +309,7 @@ class Client:
 
         :param progress: gets each sentence that the agent reports.
         :param cancel: when it is set the call is given up; the agent undoes what is half-made.
-        :raise HostError: the agent has gone.
+        :raise HostLostError: the agent has gone.
         :raise OrchestratorError: whatever the agent reports.
         """
         answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -325,7 +325,7 @@ class Client:
                         self._send({"id": number, "cancel": True})
                     continue
                 if frame is None:
-                    raise HostError(
+                    raise HostLostError(
                         f"{self.peer}: the agent ended during {method}", hint="its log tells why; try again"
                     )
                 if "progress" in frame:
@@ -345,9 +345,9 @@ class Client:
             write_frame(self._stream, {"id": number, "method": method, "params": dict(params or {})})
             frame = read_frame(self._stream)
         except OSError as error:
-            raise HostError(f"{self.peer}: the agent cannot be reached: {error}") from error
+            raise HostLostError(f"{self.peer}: the agent cannot be reached: {error}") from error
         if frame is None:
-            raise HostError(f"{self.peer}: the agent ended during {method}")
+            raise HostLostError(f"{self.peer}: the agent ended during {method}")
         if "error" in frame:
             raise from_wire(frame["error"])
         return frame.get("result"), self._stream
@@ -360,7 +360,7 @@ class Client:
     ) -> int:
         with self._lock:
             if self._ended:
-                raise HostError(f"{self.peer}: the agent has gone")
+                raise HostLostError(f"{self.peer}: the agent has gone")
             number = next(self._numbers)
             self._waiting[number] = answers
             if self._reader is None:
@@ -374,7 +374,7 @@ class Client:
             with self._lock:
                 write_frame(self._stream, frame)
         except OSError as error:
-            raise HostError(f"{self.peer}: the agent cannot be reached: {error}") from error
+            raise HostLostError(f"{self.peer}: the agent cannot be reached: {error}") from error
 
     def _read(self) -> None:
         try:

@@ -34,7 +34,7 @@ _TRACE = re.compile(r"\s+from /.*:in `")
 _STEP = re.compile(r"^(?:==>)?\s*\S+: (\S.*?)(?:\.\.\.|\.)?$")
 _TELLING = re.compile(
     r"Uploading|Creating image|Creating domain with|Starting domain|Waiting for|Inserting|Setting hostname|"
-    r"Configuring and enabling|Removing domain|Halting|Attempting"
+    r"Configuring and enabling|Removing domain|Attempting"
 )
 
 
@@ -138,10 +138,6 @@ class Project:
                     creating.close()
 
             self._act(["up", name], f"host {name} does not start", said, cancel)
-
-    def halt(self, name: str, progress: Callable[[str], None]) -> None:
-        """:raise HostError: with what Vagrant said."""
-        self._act(["halt", name], f"host {name} cannot be halted", progress, None)
 
     def destroy(self, name: str, progress: Callable[[str], None]) -> None:
         """:raise HostError: with what Vagrant said."""

@@ -112,6 +112,8 @@ class _Planner:
             summary, impact = "create", Impact.CREATE
         elif facts.restart:
             summary, impact = "restart", Impact.RESTART
+        elif facts.broken:
+            summary, impact = "mend", Impact.LIVE
         else:
             summary, impact = "change" if facts.agent else "start its agent", Impact.LIVE
         self._add(

@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from orchestrator.errors import CancelledError, GuestError, HostError, NetworkError, StateError
+from orchestrator.errors import CancelledError, GuestError, HostError, HostLostError, NetworkError, StateError
 from orchestrator.guests.domain import GuestFacts, GuestImage
 from orchestrator.hosts.rpc import Call, Progress, Server, Stream
 from orchestrator.hosts.transport import HostFacts
@@ -400,7 +400,7 @@ class MemoryTransport:
     def stream(self) -> Stream:
         self._answers()
         if not self.memory.facts.agent:
-            raise HostError(f"{self.host.name}: no agent answers")
+            raise HostLostError(f"{self.host.name}: no agent answers")
         ours, theirs = socket.socketpair()
         self.memory.streams.append(theirs)
         server = Server()

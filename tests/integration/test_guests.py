@@ -1,4 +1,5 @@
-"""One lab with two guests on local hosts: what runs, and (from :mod:`tests.guest_use`) how guests are used."""
+"""One lab with two guests on local hosts: what runs, what is read, and (from :mod:`tests.guest_use`) how guests are
+used."""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -6,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from tests.conftest import Sandbox
 from tests.guest_use import *  # noqa: F403 # the tests
+from tests.guest_use import read_until
 
 pytestmark = pytest.mark.privileged
 
@@ -75,3 +78,66 @@ def test_each_host_has_its_own_agent_and_libvirt(lab: Sandbox) -> None:
     assert len({owner["pid"] for owner in owners}) == 2
     namespaces = {Path(f"/proc/{owner['pid']}/ns/net").readlink() for owner in owners}
     assert len(namespaces) == 2
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def test_exec_unknown_guest_names_those_there_are(lab: Sandbox) -> None:
+    done = lab.run("exec", "bob", "--", "true", status=1)
+
+    assert "has no guest bob" in done.stderr
+    assert "ann, eve" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["inspect"], ["inspect", "ann"], ["plan"], ["image", "list"]])
+def test_every_read_has_json_and_yaml(lab: Sandbox, command: list[str]) -> None:
+    from ruamel.yaml import YAML
+
+    as_json = json.loads(lab.run(*command, "-o", "json").stdout)
+    as_yaml = YAML(typ="safe").load(lab.run(*command, "-o", "yaml").stdout)
+
+    assert type(as_json) is type(as_yaml)
+    assert as_json
+
+
+def test_inspect_xml(lab: Sandbox) -> None:
+    assert "<domain type=" in lab.run("inspect", "ann", "--xml").stdout
+
+
+def test_graph_inventory(lab: Sandbox) -> None:
+    from ruamel.yaml import YAML
+
+    mermaid = lab.run("graph").stdout
+    dot = lab.run("graph", "--format", "dot").stdout
+    inventory = YAML(typ="safe").load(lab.run("inventory").stdout)
+
+    assert mermaid.startswith("flowchart")
+    assert "guest_ann" in mermaid
+    assert dot.startswith('graph "')
+    children = inventory["all"]["children"]
+    assert set(children["lab_hosts"]["hosts"]) == {"alpha", "beta"}
+    assert set(children["guests"]["children"]["guests_on_alpha"]["hosts"]) == {"ann"}
+
+
+def test_status_watch_until_ctrl_c(lab: Sandbox) -> None:
+    watcher = lab.start("status", "--watch", "--every", "0.2")
+    assert watcher.stdout
+    read_until(watcher.stdout.fileno(), b"running")
+
+    watcher.send_signal(signal.SIGINT)
+    watcher.communicate(timeout=20)
+
+    assert watcher.returncode == 130
+
+
+def test_doctor_by_the_agent_of_a_host(lab: Sandbox) -> None:
+    findings = json.loads(lab.run("doctor", "alpha", "--only", "memfd", "-o", "json").stdout)
+
+    assert [(finding["name"], finding["ok"]) for finding in findings] == [("memfd", True)]
+
+
+def test_verbose_shows_commands_to_paste(lab: Sandbox) -> None:
+    done = lab.run("-v", "graph", "--format", "svg", status=None)
+
+    assert "dot -Tsvg" in done.stderr

@@ -36,7 +36,12 @@ guests:
 
 
 class Lab(Sandbox):
-    """The lab of the nested tier, and its hosts by SSH."""
+    """The lab of the nested tier, and its hosts by SSH.
+
+    :ivar text: what its file says between tests.
+    """
+
+    text = LAB
 
     def on(self, host: str, command: str, *, status: int | None = 0, check_key: bool = True) -> str:
         """Run a shell command on a host as root; what it prints."""
@@ -85,7 +90,7 @@ def nested(_root: None) -> Iterator[Lab]:
         env["ORCHESTRATOR_CACHE"] = cache
     env |= {"ORCHESTRATOR_STATE": str(FOLDER / "state"), "ORCHESTRATOR_RUN": "/run/orc-nested", "NO_COLOR": "1"}
     lab = Lab(FOLDER, env, SECONDS)
-    lab.file(LAB)
+    lab.file(lab.text)
     done = lab.run("up", status=None)
     if done.returncode:
         (FOLDER / "failed").touch()

@@ -209,7 +209,7 @@ def test_vagrant_that_is_not_installed(places: Path, monkeypatch: pytest.MonkeyP
     project.describe({}, "alpha", {})
 
     with pytest.raises(HostError) as caught:
-        project.halt("alpha", lambda _: None)
+        project.destroy("alpha", lambda _: None)
     with pytest.raises(CommandError) as listing:
         vagrantcli.list_boxes()
 
