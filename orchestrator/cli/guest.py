@@ -179,8 +179,7 @@ def connect(
     """Carry standard input and output to a TCP port of the guest."""
     with GuestSession(guest, file, lab) as session:
         addresses = [address for nic in session.guest.nics for address in nic.addresses]
-        _, stream = client(session.transport).open("network.connect", {"addresses": addresses, "port": port})
-        carry(stream)
+        carry(session.open_host("network.connect", {"addresses": addresses, "port": port}))
 
 
 # -- looking -----------------------------------------------------------------------------------------------------

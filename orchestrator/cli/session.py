@@ -180,8 +180,20 @@ class GuestSession:
             return agent.call(method, {"guest": self.guest.name, **params}, progress=progress)
 
     def open(self, method: str, **params: Any) -> Stream:
-        _, stream = agent_of(self.transport).open(method, {"guest": self.guest.name, **params})
-        return stream
+        """A raw stream about the guest."""
+        return self.open_host(method, {"guest": self.guest.name, **params})
+
+    def open_host(self, method: str, params: Mapping[str, Any]) -> Stream:
+        """A raw stream of its host's agent, which is started if it has died."""
+
+        def opened() -> Stream:
+            return client(self.transport).open(method, params)[1]
+
+        try:
+            return opened()
+        except HostLostError:
+            agent_of(self.transport).close()
+            return opened()
 
 
 def refuse_other_file(state: LabState, lab: ResolvedLab, take_over: bool) -> None:

@@ -339,7 +339,12 @@ class Client:
             self._waiting.pop(number, None)
 
     def open(self, method: str, params: Mapping[str, Json] | None = None) -> tuple[Json, Stream]:
-        """Make the stream of this client a raw one; the client cannot be used for calls after that."""
+        """Make the stream of this client a raw one: no call can be made by the client before that, nor after it.
+
+        :raise HostLostError: the agent has gone.
+        :raise OrchestratorError: whatever the agent reports.
+        """
+        assert self._reader is None, "calls were made by this client"
         number = next(self._numbers)
         try:
             write_frame(self._stream, {"id": number, "method": method, "params": dict(params or {})})

@@ -46,7 +46,8 @@ class Lab(Sandbox):
     def on(self, host: str, command: str, *, status: int | None = 0, check_key: bool = True) -> str:
         """Run a shell command on a host as root; what it prints."""
         config = self.folder / "ssh_config"
-        config.write_text(self.run("ssh-config").stdout)
+        if not config.exists() or f"Host {host}\n" not in config.read_text():
+            config.write_text(self.run("ssh-config").stdout)
         options = [] if check_key else ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
         done = subprocess.run(
             ["ssh", "-F", config, *options, host, f"sudo sh -c {shlex.quote(command)}"],

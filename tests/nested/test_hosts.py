@@ -86,7 +86,6 @@ def test_host_is_rebooted_while_the_other_gets_more_memory_and_their_guests_come
     lab.run("up")  # beta is on its way down, off, or on its way up
 
     assert 2 << 30 < lab.json("host", "facts", "alpha")["memory"]["total"] < 2304 << 20
-    assert [lab.exec(name, "hostname") for name in ("ann", "eve")] == ["ann\n", "eve\n"]
     assert all(one["milliseconds"] is not None for one in lab.json("reach"))
 
 
@@ -105,7 +104,6 @@ def test_host_without_power_and_halted_host_start_again_also_when_libvirts_netwo
     assert listed == {"alpha": ("broken", "the machine is off"), "beta": ("up", None)}
     assert {"orc-nested-alpha", "orc-nested-beta"} <= set(off)
     assert lab.on("beta", "cat /root/mark") == "kept\n"
-    assert [lab.exec(name, "hostname") for name in ("ann", "eve")] == ["ann\n", "eve\n"]
     assert all(one["milliseconds"] is not None for one in lab.json("reach"))
 
 
@@ -139,23 +137,6 @@ def test_full_disk_of_a_host_is_said_and_up_goes_on_when_there_is_room(lab: Lab)
     assert re.search(r"(disk has|no space)", full.stderr, re.IGNORECASE), full.stderr
     assert others == ["ann\n", "eve\n"]
     assert lab.exec("bob", "hostname") == "bob\n"
-
-
-def test_playbook_that_fails_on_one_host_names_it_and_the_other_is_done(lab: Lab) -> None:
-    lab.on("alpha", "rm /etc/sysctl.d/*orchestrator*")
-    lab.on("beta", "rm /etc/sysctl.d/*orchestrator*; mount -t tmpfs -o ro tmpfs /etc/sysctl.d")
-    try:
-        failed = lab.run("host", "provision", "alpha", "beta", "-o", "json", status=4)
-    finally:
-        lab.on("beta", "umount /etc/sysctl.d")
-    again = lab.run("host", "provision", "beta", "-o", "json")
-
-    first = {result["host"]: result for result in json.loads(failed.stdout)}
-    (second,) = json.loads(again.stdout)
-    assert (first["alpha"]["error"], first["alpha"]["changed"] > 0) == (None, True)
-    assert "Name the settings" in first["beta"]["error"]["message"]
-    assert "host beta" in failed.stderr
-    assert (second["error"], second["changed"] > 0) == (None, True)
 
 
 def test_host_that_stands_still_goes_on(lab: Lab) -> None:
