@@ -48,7 +48,9 @@ class Lab(Sandbox):
         config = self.folder / "ssh_config"
         if not config.exists() or f"Host {host}\n" not in config.read_text():
             config.write_text(self.run("ssh-config").stdout)
-        options = [] if check_key else ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        options = ["-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=5"]  # a host that reboots just goes silent
+        if not check_key:
+            options += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
         done = subprocess.run(
             ["ssh", "-F", config, *options, host, f"sudo sh -c {shlex.quote(command)}"],
             env=self.env,
