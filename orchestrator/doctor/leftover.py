@@ -289,10 +289,10 @@ def _machines() -> Iterator[_Thing]:
     with contextlib.closing(conn):
         for dom, mark in machines.all_marked(conn):
             uid, _, host = mark
-            lab = dom.name().removeprefix("orc-").removesuffix(f"-{host}")
+            lab = machines.lab_of(dom.name(), host)
             yield _Thing("machine", dom.name(), lab, uid, alive=True)  # also one that is off: it has disks
         for network, mark in underlay.all_marked(conn):
-            yield _Thing("network", network.name(), network.name().removeprefix("orc-"), mark[0])
+            yield _Thing("network", network.name(), underlay.lab_of(network.name()), mark[0])
 
 
 def _sees(pid: int, path: str) -> bool:

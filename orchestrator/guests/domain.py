@@ -81,6 +81,11 @@ class GuestFacts:
     snapshots: list[str] = field(default_factory=list)
     arriving_from: str | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """It has a QEMU that could run it at once, be it paused."""
+        return self.state in ("running", "paused")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -71,7 +71,8 @@ def _open() -> libvirt.virConnect | None:
 
 
 def _is_running() -> bool:
-    return any((pid := _pid(name)) is not None and agentproc.start_time(pid) for name in ("libvirtd",))
+    pid = _pid("libvirtd")
+    return pid is not None and agentproc.start_time(pid) is not None
 
 
 def _pid(name: str) -> int | None:

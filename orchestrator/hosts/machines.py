@@ -20,6 +20,11 @@ def prefix(lab: str) -> str:
     return f"orc-{lab}-"
 
 
+def lab_of(name: str, host: str) -> str:
+    """The lab to which the machine ``name`` of ``host`` belongs: :func:`prefix` backwards."""
+    return name.removeprefix("orc-").removesuffix(f"-{host}")
+
+
 def mark_of(dom: libvirt.virDomain) -> tuple[str, str, str] | None:
     """Our mark, see :func:`orchestrator.names.parse_mark`; None where it is not ours."""
     root = ET.fromstring(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))

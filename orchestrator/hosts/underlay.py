@@ -33,6 +33,11 @@ def network_name(lab: ResolvedLab) -> str:
     return f"orc-{lab.lab}"
 
 
+def lab_of(network: str) -> str:
+    """The name of the lab to which a network belongs: :func:`network_name` backwards."""
+    return network.removeprefix("orc-")
+
+
 def bridge_name(lab: ResolvedLab) -> str:
     return names.link("n", lab.uid, "underlay")
 

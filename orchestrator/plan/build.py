@@ -403,7 +403,7 @@ class _Planner:
         difference = moves.compare(wish, facts, self.observed.images)
         everything = difference.recreate + difference.restart + difference.live
         done: str | None = None
-        if facts.state not in ("running", "paused"):
+        if not facts.is_on:
             if difference.recreate:
                 done = add("start", Impact.RECREATE, "guest.restart", everything, fresh=True, hard=True)
             else:

@@ -12,8 +12,6 @@ from orchestrator.guests.domain import MIGRATING, GuestFacts
 from orchestrator.plan.operations import ObservedHost, ObservedLab
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab
 
-RUNS = ("running", "paused")
-
 
 @dataclass(frozen=True)
 class Whereabouts:
@@ -58,7 +56,7 @@ def hindrance(lab: ResolvedLab, observed: ObservedLab, facts: GuestFacts) -> str
     for name in (facts.host, wish.host):
         if not _migrates(lab, observed.hosts, name):
             return f"host {name} has no libvirtd"
-    if facts.state not in RUNS:
+    if not facts.is_on:
         return f"it is {facts.state}"
     difference = compare(wish, facts, observed.images)
     if difference.recreate:

@@ -43,8 +43,8 @@ class Operation:
 
     :param id: unique in its plan; ``needs`` of others refer to it.
     :param subject: what it is about, such as ``guest web``; what belongs together is rolled back together.
-    :param method: a call of the host's agent; ``host.ensure``, ``host.remove``, ``image.ensure`` and
-        :data:`MIGRATE`, which takes two hosts, are carried out by the command line.
+    :param method: a call of the host's agent; ``host.ensure``, ``host.halt``, ``host.remove``,
+        ``image.ensure`` and :data:`MIGRATE`, which takes two hosts, are carried out by the command line.
     :param image: name of the image whose files the call gets as its parameter ``image``.
     :param detail: what differs, one line each, ``key: observed → wished``.
     """

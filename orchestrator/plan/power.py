@@ -9,8 +9,6 @@ from dataclasses import replace
 from orchestrator.plan.operations import Impact, ObservedHost, ObservedLab, Operation, Plan
 from orchestrator.spec.resolved import ResolvedLab
 
-RUNNING = ("running", "paused")
-
 
 def halt(lab: ResolvedLab, observed: ObservedLab) -> Plan:
     """The operations after which nothing of ``lab`` runs, and nothing is lost: guests are shut down, and then hosts
@@ -48,14 +46,13 @@ def stop_guests(host: str, seen: ObservedHost) -> list[Operation]:
             params={"guest": facts.name},
         )
         for facts in seen.guests
-        if facts.state in RUNNING
+        if facts.is_on
     ]
 
 
 def after_restart(seen: ObservedHost) -> ObservedHost:
     """What there will be on a host that was off in between: disks, and domains that do not run."""
     guests = tuple(
-        replace(facts, state="off", reason="its host restarts") if facts.state in RUNNING else facts
-        for facts in seen.guests
+        replace(facts, state="off", reason="its host restarts") if facts.is_on else facts for facts in seen.guests
     )
     return replace(seen, networks=(), guests=guests)

@@ -214,7 +214,7 @@ class MemoryHost:
 
     def _running(self, guest: str) -> GuestFacts:
         facts = self.guests.get(guest)
-        if facts is None or facts.state not in ("running", "paused"):
+        if facts is None or not facts.is_on:
             raise StateError(f"guest {guest} is not running")
         return facts
 
