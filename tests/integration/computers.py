@@ -98,11 +98,12 @@ class Computer:
 
 
 @dataclass
-class Computers:
-    """Several computers on one link, and what a client needs to reach them: addresses, a key, a known_hosts file."""
+class Reached:
+    """What a client needs to reach computers: addresses, a key, a known_hosts file."""
 
     folder: Path
-    made: dict[str, Computer] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=dict, kw_only=True)
+    libvirt = "system"
 
     @property
     def key(self) -> Path:
@@ -112,20 +113,27 @@ class Computers:
     def known_hosts(self) -> Path:
         return self.folder / "known_hosts"
 
-    def __getitem__(self, name: str) -> Computer:
-        return self.made[name]
-
     def host(self, name: str, **extra: str) -> str:
         """Its entry in a lab file."""
         fields = {
             "kind": "ssh",
-            "address": self.made[name].address,
+            "address": self.addresses[name],
             "key": str(self.key),
             "known_hosts": str(self.known_hosts),
             "toolkit": str(TOOLKIT),
-            "libvirt": "system",
+            "libvirt": self.libvirt,
         } | extra
         return "{" + ", ".join(f'{key}: "{value}"' for key, value in fields.items()) + "}"
+
+
+@dataclass
+class Computers(Reached):
+    """Several computers on one link, and how they are reached."""
+
+    made: dict[str, Computer] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Computer:
+        return self.made[name]
 
 
 @contextlib.contextmanager
@@ -139,7 +147,8 @@ def computers(*names: str) -> Iterator[Computers]:
         stack.callback(shutil.rmtree, folder)
         stack.enter_context(bridge(BRIDGE, "10.198.0.254/24"))
         for number, name in enumerate(names, 1):
-            made.made[name] = stack.enter_context(_booted(made, name, f"10.198.0.{number}"))
+            made.addresses[name] = f"10.198.0.{number}"
+            made.made[name] = stack.enter_context(_booted(made, name, made.addresses[name]))
         for computer in made.made.values():
             computer.wait()
         yield made

@@ -10,64 +10,47 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Machine, Sandbox
-from tests.integration.computers import bridge, run
+from tests.integration.computers import TOOLKIT, Reached, bridge, run
 
 pytestmark = pytest.mark.privileged
 
 BRIDGE = "orc-ssh"
-TOOLKIT = Path(sys.executable).parent / "orchestrator"
+
+
+ADDRESSES = {"one": "10.199.0.1", "two": "10.199.0.2"}
 
 
 @dataclass
-class Machines:
-    """Two "machines" on one link: a client's view of them is an address, a key and a known_hosts file."""
+class Machines(Reached):
+    """Two "machines" on one link, without a libvirtd.
 
-    folder: Path
-    pids: dict[str, int]
+    :ivar pids: of their sshds.
+    """
 
-    addresses = {"one": "10.199.0.1", "two": "10.199.0.2"}
-
-    @property
-    def key(self) -> Path:
-        return self.folder / "id"
-
-    @property
-    def known_hosts(self) -> Path:
-        return self.folder / "known_hosts"
-
-    def host(self, name: str, **extra: str) -> str:
-        fields = {
-            "kind": "ssh",
-            "address": self.addresses[name],
-            "key": str(self.key),
-            "known_hosts": str(self.known_hosts),
-            "toolkit": str(TOOLKIT),
-            "libvirt": "embed",
-        } | extra
-        return "{" + ", ".join(f'{key}: "{value}"' for key, value in fields.items()) + "}"
+    pids: dict[str, int] = field(default_factory=dict)
+    libvirt = "embed"
 
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Machines]:
     folder = Path(tempfile.mkdtemp(prefix="orc-sshd-", dir="/var/tmp"))
     folder.chmod(0o755)
-    made = Machines(folder, {})
+    made = Machines(folder, addresses=ADDRESSES)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made.key)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         stack.enter_context(bridge(BRIDGE, "10.199.0.254/24"))
-        for name in Machines.addresses:
+        for name in ADDRESSES:
             _remove(name)  # of a run that was killed
             stack.callback(_remove, name)
             _make(made, name)
@@ -75,7 +58,7 @@ def machines() -> Iterator[Machines]:
 
 
 def _make(made: Machines, name: str) -> None:
-    folder, address = made.folder, Machines.addresses[name]
+    folder, address = made.folder, made.addresses[name]
     namespace, host_key = f"{BRIDGE}-{name}", made.folder / f"host_{name}"
     run("ip", "netns", "add", namespace)
     run("ip", "link", "add", "name", namespace, "type", "veth", "peer", "name", "eth0", "netns", namespace)
