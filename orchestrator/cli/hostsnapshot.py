@@ -16,8 +16,17 @@ import typer
 from orchestrator.cli import output
 from orchestrator.cli.output import Format
 from orchestrator.cli.progress import waiting
-from orchestrator.cli.session import FileOption, LabOption, OutputOption, complete_hosts, current, host_of
+from orchestrator.cli.session import (
+    FileOption,
+    LabOption,
+    OutputOption,
+    agent_of,
+    complete_hosts,
+    current,
+    host_of,
+)
 from orchestrator.errors import OrchestratorError, StateError
+from orchestrator.guests.domain import GuestFacts
 from orchestrator.hosts.opening import open_host
 from orchestrator.spec.resolved import ResolvedLab
 from orchestrator.state import LabState
@@ -71,8 +80,24 @@ def _chosen(lab: ResolvedLab, names: Sequence[str] | None) -> list[str]:
 
 
 def _each(machines: Sequence[VagrantTransport], action: Callable[[VagrantTransport], T]) -> list[T]:
-    with ThreadPoolExecutor(len(machines), "host") as pool:
+    with ThreadPoolExecutor(max(1, len(machines)), "host") as pool:
         return list(pool.map(action, machines))
+
+
+def _pause_guests(machine: VagrantTransport, paused: list[str]) -> None:
+    """Pause every guest that runs, and tell which these are, also when this is broken off."""
+    with agent_of(machine) as agent:
+        for guest in map(GuestFacts.from_json, agent.call("guest.facts")):
+            if guest.state == "running":
+                paused.append(guest.name)
+                agent.call("guest.pause", {"guest": guest.name})
+
+
+def _resume_guests(machine: VagrantTransport, paused: Sequence[str]) -> None:
+    if paused:
+        with agent_of(machine) as agent:
+            for guest in paused:
+                agent.call("guest.resume", {"guest": guest})
 
 
 def save(name: NameArgument, hosts: HostsArgument = None, file: FileOption = None, lab: LabOption = None) -> None:
@@ -84,12 +109,22 @@ def save(name: NameArgument, hosts: HostsArgument = None, file: FileOption = Non
             domains = {each.host.name: stack.enter_context(each.machine()) for each in machines}
             for host, dom in domains.items():
                 machinesnapshots.check_free(host, dom, name)
+            to_pause = [each for each in machines if machinesnapshots.needs_guests_paused(domains[each.host.name])]
+            paused: dict[str, list[str]] = {host: [] for host in domains}
+            stack.callback(_each, to_pause, lambda each: _resume_guests(each, paused[each.host.name]))
+            progress("pausing guests")
+            _each(to_pause, lambda each: _pause_guests(each, paused[each.host.name]))
             try:
                 for dom in domains.values():
                     if dom.isActive():
                         dom.suspend()
                 progress("saving")
-                _each(machines, lambda each: machinesnapshots.save(each.host.name, domains[each.host.name], name))
+                _each(
+                    machines,
+                    lambda each: machinesnapshots.save(
+                        each.host.name, domains[each.host.name], name, paused[each.host.name]
+                    ),
+                )
             except BaseException:  # of all hosts, or of none
                 for host, dom in domains.items():
                     with contextlib.suppress(OrchestratorError):
@@ -106,7 +141,7 @@ def restore(name: NameArgument, hosts: HostsArgument = None, file: FileOption = 
     """Put hosts back to a snapshot. What has happened on them since then is lost."""
     with _machines(hosts, file, lab) as (machines, state), state.lock():
         with waiting(f"snapshot {name}") as progress:
-            _each(machines, lambda each: each.reset(name, progress))
+            _each(machines, lambda each: _resume_guests(each, each.reset(name, progress)))
         output.note(f"{', '.join(each.host.name for each in machines)}: back at {name}")
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import signal
 import sys
 import time
@@ -130,15 +131,24 @@ class _Interrupts:
             output.note("stopping: what is half-made is rolled back, what is whole stays")
             return True
         self._progress.pause()
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            answer = input("\nStop? What is half-made is rolled back, what is whole stays. [y/N] ")
-        except (KeyboardInterrupt, EOFError):
-            answer = "y"
+            return self._asked("\nStop? What is half-made is rolled back, what is whole stays. [y/N] ")
         finally:
-            signal.signal(signal.SIGINT, before)
             self._progress.resume()
-        return answer.strip().lower() in ("y", "yes")
+
+    def _asked(self, question: str) -> bool:
+        """Yes, also by another Ctrl-C or the end of input.
+
+        Not ``input()``: that one waits on when the signal comes between its question and its read.
+        """
+        sys.stderr.write(question)
+        sys.stderr.flush()
+        while not self._pressed:
+            if select.select([sys.stdin], [], [], 0.1)[0]:
+                answer = sys.stdin.readline()
+                return not answer or answer.strip().lower() in ("y", "yes")
+        self._pressed = False
+        return True
 
 
 def carry_out(

@@ -421,19 +421,21 @@ class VagrantTransport:
         with contextlib.closing(conn):
             yield dom
 
-    def reset(self, name: str, progress: Progress) -> None:
+    def reset(self, name: str, progress: Progress) -> tuple[str, ...]:
         """Put the machine back to a snapshot, and set its clock, which has stood still.
 
+        :return: the guests on it that were paused for the snapshot.
         :raise NotFoundError: it has no such snapshot.
         :raise HostError: it cannot be put back, or does not answer afterwards.
         """
         self.close()
         with self.machine() as dom:
             progress("putting it back")
-            machinesnapshots.restore(self.host.name, dom, name)
+            paused = machinesnapshots.restore(self.host.name, dom, name)
         with libvirtd.session() as conn:
             self._await(conn, progress, None)
         self._inner().run(f"date -s @{time.time():.0f}")
+        return paused
 
     def close(self) -> None:
         if self._ssh is not None:

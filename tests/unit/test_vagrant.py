@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -268,16 +269,39 @@ def test_states_in_words(domain: libvirt.virDomain) -> None:
     assert (paused, vagrant._state(domain), vagrant._state(None)) == ("paused", "off", "missing")
 
 
+def test_guests_are_paused_for_a_snapshot_of_a_machine_that_runs_emulated() -> None:
+    domain = FakeDomain("qemu"), FakeDomain("kvm"), FakeDomain("qemu", active=False)
+
+    assert [machinesnapshots.needs_guests_paused(one) for one in domain] == [True, False, False]
+
+
+@dataclass
+class FakeDomain:
+    """What is asked of a domain; libvirt's test driver has none that is emulated."""
+
+    kind: str
+    active: bool = True
+
+    def isActive(self) -> bool:  # noqa: N802
+        return self.active
+
+    def XMLDesc(self) -> str:  # noqa: N802
+        return f"<domain type='{self.kind}'/>"
+
+
 def test_snapshots_of_a_machine(domain: libvirt.virDomain) -> None:
-    machinesnapshots.save("alpha", domain, "clean")
+    machinesnapshots.save("alpha", domain, "clean", paused=["ann", "bob"])
     found = machinesnapshots.listed("alpha", domain)
     with pytest.raises(Exception, match="has a snapshot clean already"):
         machinesnapshots.check_free("alpha", domain, "clean")
     domain.destroy()
-    machinesnapshots.restore("alpha", domain, "clean")
+    restored = machinesnapshots.restore("alpha", domain, "clean")
     machinesnapshots.delete("alpha", domain, "clean")
 
-    assert [(one.host, one.name, one.state) for one in found] == [("alpha", "clean", "running")]
+    assert [(one.host, one.name, one.state, one.paused) for one in found] == [
+        ("alpha", "clean", "running", ("ann", "bob"))
+    ]
+    assert restored == ("ann", "bob")
     assert domain.isActive()
     assert machinesnapshots.listed("alpha", domain) == []
     with pytest.raises(Exception, match="no snapshot"):
