@@ -38,7 +38,7 @@ def hooks(work: Path) -> list[str]:
     play = (
         f"env PYTHONPATH=/{_FOLDER}/site ANSIBLE_CONFIG=/{_FOLDER}/ansible/ansible.cfg ANSIBLE_HOME=/{_FOLDER}/home"
     )
-    play += f" LC_ALL=C.UTF-8 {python} -m ansible playbook -i localhost, /{_FOLDER}/ansible/box.yml"
+    play += f" SYSTEMD_OFFLINE=1 LC_ALL=C.UTF-8 {python} -m ansible playbook -i localhost, /{_FOLDER}/ansible/box.yml"
     mark = f"mkdir -p $1{roles.MARK.parent} && echo {roles.digest()} > $1{roles.MARK}"
     there = f'"$1/{_FOLDER}"'
     return [

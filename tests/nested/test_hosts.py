@@ -54,6 +54,7 @@ def test_hosts_are_machines_with_their_own_kvm(nested: Lab) -> None:
     cards = [device for device in facts["pci"] if device["class_code"].startswith("0200")]
     assert len(cards) == 2, "a NIC of Vagrant's and one of the underlay"
     assert all(card["bus_master"]["capable"] for card in cards)
+    assert nested.on("alpha", "systemctl is-enabled orchestrator-agents.service").strip() == "enabled"
 
 
 def test_disk_of_the_lab_file_is_there(nested: Lab) -> None:

@@ -167,21 +167,25 @@ def test_vcpus_up_to_the_count_are_enabled_and_the_first_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpu", "accel", "mode", "model"),
+    ("cpu", "accel", "mode", "model", "without"),
     [
-        (None, "kvm", "host-passthrough", None),
-        (None, "tcg", "maximum", None),
-        ("host-model", "kvm", "host-model", None),
-        ("maximum", "kvm", "maximum", None),
-        ("EPYC-v3", "kvm", "custom", "EPYC-v3"),
+        (None, "kvm", "host-passthrough", None, []),
+        (None, "tcg", "maximum", None, ["erms"]),
+        ("host-model", "kvm", "host-model", None, []),
+        ("maximum", "kvm", "maximum", None, []),
+        ("maximum", "tcg", "maximum", None, []),
+        ("EPYC-v3", "kvm", "custom", "EPYC-v3", []),
     ],
 )
-def test_cpu_follows_the_wish_then_the_accelerator(cpu: str | None, accel: str, mode: str, model: str | None) -> None:
+def test_cpu_follows_the_wish_then_the_accelerator(
+    cpu: str | None, accel: str, mode: str, model: str | None, without: list[str]
+) -> None:
     root = tree(ann(cpu=cpu), accel=accel)
 
     chosen = root.find("cpu")
     assert chosen is not None
     assert (chosen.get("mode"), chosen.findtext("model")) == (mode, model)
+    assert [feature.get("name") for feature in chosen.findall("feature[@policy='disable']")] == without
     assert root.get("type") == {"kvm": "kvm", "tcg": "qemu"}[accel]
 
 
