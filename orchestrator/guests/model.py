@@ -90,7 +90,7 @@ class GuestSpec(Part):
     accel: Literal["auto", "kvm", "tcg"] = Field(
         "auto", description="auto: kvm where a guest really runs with it, otherwise tcg"
     )
-    cpu: str | None = Field(None, description="libvirt CPU mode or model; default: all that the accelerator does well")
+    cpu: str | None = Field(None, description="libvirt CPU mode or model; default: all the accelerator does well")
     machine: Literal["q35", "pc"] = Field("q35", description="QEMU's machine type")
     emulator: str | None = Field(None, description="path of the QEMU to use on the host")
     hotplug_slots: Whole = Field(4, ge=0, le=28, description="spare PCIe slots, for devices plugged later")
