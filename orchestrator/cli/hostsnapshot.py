@@ -32,6 +32,8 @@ from orchestrator.spec.resolved import ResolvedLab
 from orchestrator.state import LabState
 
 if TYPE_CHECKING:
+    import libvirt
+
     from orchestrator.hosts.vagrant import VagrantTransport
 
 T = TypeVar("T")
@@ -80,12 +82,16 @@ def _chosen(lab: ResolvedLab, names: Sequence[str] | None) -> list[str]:
 
 
 def _each(machines: Sequence[VagrantTransport], action: Callable[[VagrantTransport], T]) -> list[T]:
-    with ThreadPoolExecutor(max(1, len(machines)), "host") as pool:
+    with ThreadPoolExecutor(len(machines), "host") as pool:
         return list(pool.map(action, machines))
 
 
-def _pause_guests(machine: VagrantTransport, paused: list[str]) -> None:
-    """Pause every guest that runs, and tell which these are, also when this is broken off."""
+def _pause_guests(machine: VagrantTransport, dom: libvirt.virDomain, paused: list[str]) -> None:
+    """Pause every guest that runs, where a snapshot needs that; ``paused`` tells which, also of a broken-off run."""
+    from orchestrator.hosts import machinesnapshots
+
+    if not machinesnapshots.needs_guests_paused(dom):
+        return
     with agent_of(machine) as agent:
         for guest in map(GuestFacts.from_json, agent.call("guest.facts")):
             if guest.state == "running":
@@ -109,11 +115,10 @@ def save(name: NameArgument, hosts: HostsArgument = None, file: FileOption = Non
             domains = {each.host.name: stack.enter_context(each.machine()) for each in machines}
             for host, dom in domains.items():
                 machinesnapshots.check_free(host, dom, name)
-            to_pause = [each for each in machines if machinesnapshots.needs_guests_paused(domains[each.host.name])]
             paused: dict[str, list[str]] = {host: [] for host in domains}
-            stack.callback(_each, to_pause, lambda each: _resume_guests(each, paused[each.host.name]))
-            progress("pausing guests")
-            _each(to_pause, lambda each: _pause_guests(each, paused[each.host.name]))
+            stack.callback(_each, machines, lambda each: _resume_guests(each, paused[each.host.name]))
+            progress("pausing guests where that is needed")
+            _each(machines, lambda each: _pause_guests(each, domains[each.host.name], paused[each.host.name]))
             try:
                 for dom in domains.values():
                     if dom.isActive():

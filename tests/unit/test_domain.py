@@ -170,7 +170,7 @@ def test_vcpus_up_to_the_count_are_enabled_and_the_first_stays() -> None:
     ("cpu", "accel", "mode", "model", "without"),
     [
         (None, "kvm", "host-passthrough", None, []),
-        (None, "tcg", "maximum", None, ["erms"]),
+        (None, "tcg", "maximum", None, ["erms", "fsrm"]),
         ("host-model", "kvm", "host-model", None, []),
         ("maximum", "kvm", "maximum", None, []),
         ("maximum", "tcg", "maximum", None, []),
