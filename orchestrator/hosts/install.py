@@ -1,8 +1,9 @@
 """The toolkit as a *bundle*: one file that holds it with all that it needs, and installs it where it is run.
 
-A bundle is a zip file that Python runs: :mod:`orchestrator.hosts.installer` with the wheels of the toolkit and of its
-dependencies, at the versions and with the hashes of ``requirements-host.lock``. The one dependency that it does not
-hold are the bindings of libvirt, which fit one libvirt: a host has those of its distribution (``python3-libvirt``).
+A bundle is a zip file that Python runs: :mod:`orchestrator.hosts.installer` with what the wheels of the toolkit and
+of its dependencies hold, at the versions and with the hashes of ``requirements-host.lock``. The one dependency that
+it does not hold are the bindings of libvirt, which fit one libvirt: a host has those of its distribution
+(``python3-libvirt``).
 
 Bundles lie in the cache, named by the digest of all that they are made from.
 """
@@ -11,6 +12,7 @@ Bundles lie in the cache, named by the digest of all that they are made from.
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import fcntl
 import functools
@@ -19,10 +21,13 @@ import json
 import re
 import shutil
 import sys
+import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 from orchestrator import __version__, names, paths
 from orchestrator.errors import CommandError, HostError
@@ -163,6 +168,8 @@ def _toolkit(checkout: Path, digest: str, progress: Progress) -> Path:
         here = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
         _pip(["wheel", "--no-deps", *here, "--wheel-dir", folder, checkout])
 
+        _add_bytecode(folder, progress)
+
     [wheel] = _kept(f"toolkit-{digest}", build)
     return wheel
 
@@ -178,8 +185,31 @@ def _dependencies(checkout: Path, python: str, progress: Progress) -> list[Path]
         target += [f"--platform=manylinux_2_{minor}_{MACHINE}" for minor in _GLIBC]
         target += [f"--platform=manylinux2014_{MACHINE}"]
         _pip(["download", "--no-deps", "--require-hashes", *target, "--dest", folder, "-r", wanted])
+        if python == "{}.{}".format(*sys.version_info):
+            _add_bytecode(folder, progress)
 
-    return _kept(f"wheels-{names.digest(lock, python, length=12)}-py{python}", fetch)
+    made_from = names.digest(lock, python, str(sys.implementation.cache_tag), length=12)
+    return _kept(f"wheels-{made_from}-py{python}", fetch)
+
+
+def _add_bytecode(folder: Path, progress: Progress) -> None:
+    """Add to the wheels in ``folder`` their modules as compiled by the Python that runs.
+
+    Hosts have that one or, if they have another, compile by themselves when they import a module first, which takes a
+    slow one half a minute. What was unpacked is never changed, so nobody need compare it with its source.
+    """
+    progress("compiling")
+    for wheel in folder.glob("*.whl"):
+        with (
+            tempfile.TemporaryDirectory(dir=folder) as work,
+            zipfile.ZipFile(wheel, "a", zipfile.ZIP_DEFLATED) as content,
+        ):
+            content.extractall(work)
+            compileall.compile_dir(
+                work, stripdir=work, quiet=2, workers=0, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH
+            )
+            for file in sorted(Path(work).rglob("*.pyc")):
+                content.write(file, file.relative_to(work))
 
 
 def requirements(lock: str) -> str:
@@ -213,11 +243,21 @@ def _pip(words: list[str | Path]) -> None:
 
 
 def _write(target: Path, about: dict[str, str], wheels: list[Path]) -> None:
-    with zipfile.ZipFile(target, "w") as out:
-        out.writestr("__main__.py", Path(installer.__file__).read_bytes())
-        out.writestr(installer.ABOUT, json.dumps(about))
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        site = Path(work, "site")
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as content:
                 if any(".data/" in name for name in content.namelist()):
                     raise HostError(f"{wheel.name} has files that are not simply unpacked, which no bundle may hold")
-            out.write(wheel, f"wheels/{wheel.name}")
+                content.extractall(site)
+        packed = Path(work, installer.SITE)
+        with tarfile.open(packed, "w:gz", compresslevel=6) as tar:
+            tar.add(site, ".", filter=_readable_by_all)
+        with zipfile.ZipFile(target, "w") as out:
+            out.writestr("__main__.py", Path(installer.__file__).read_bytes())
+            out.writestr(installer.ABOUT, json.dumps(about))
+            out.write(packed, packed.name)
+
+
+def _readable_by_all(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    return entry.replace(mode=0o755 if entry.isdir() else 0o644, uid=0, gid=0, uname="root", gname="root", deep=False)

@@ -1,7 +1,7 @@
 """What a bundle (:mod:`orchestrator.hosts.install`) does on the machine where it is run: it installs the toolkit.
 
 ``python3 BUNDLE [--prefix DIR] [--check]`` prints ``changed`` or ``unchanged``; with ``--check`` it changes nothing
-and prints what it would do. It needs Python's standard library and nothing else, no package index and no pip.
+and prints what it would do. It needs Python's standard library and ``tar``, but no package index and no pip.
 
 ==============================  ============================================================================
 PREFIX/lib/ID/                  a virtual environment with the toolkit; appears whole, by being renamed
@@ -17,6 +17,8 @@ go on with the files that they began with: those of one earlier installation are
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +32,7 @@ import zipfile
 from pathlib import Path
 
 ABOUT = "bundle.json"
+SITE = "site-packages.tar.gz"
 PROGRAMS = {"python": "", "orchestrator": " -P -m orchestrator"}
 _NEW = ".new-"
 
@@ -70,10 +73,7 @@ def install(bundle: zipfile.ZipFile, prefix: Path) -> None:
 
         venv.EnvBuilder(system_site_packages=True, symlinks=True).create(new)
         site = new / "lib" / f"python{_python()}" / "site-packages"
-        for name in bundle.namelist():
-            if name.endswith(".whl"):
-                with bundle.open(name) as raw, zipfile.ZipFile(raw) as wheel:
-                    wheel.extractall(site)
+        _unpack(bundle, site)
         (new / ABOUT).write_bytes(bundle.read(ABOUT))
         os.sync()  # the name must not outlive a power cut without what it stands for
         if home.exists():
@@ -85,6 +85,17 @@ def install(bundle: zipfile.ZipFile, prefix: Path) -> None:
     for old in home.parent.iterdir():
         if old.name.startswith(_NEW) or ((old / ABOUT).exists() and old not in {home, *before}):
             shutil.rmtree(old)
+
+
+def _unpack(bundle: zipfile.ZipFile, folder: Path) -> None:
+    """By ``tar``, which takes a quarter of the time that Python does for so many files."""
+    command = ["tar", "--extract", "--gzip", "--no-same-owner", f"--directory={folder}"]
+    with bundle.open(SITE) as packed, subprocess.Popen(command, stdin=subprocess.PIPE) as tar:
+        assert tar.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # tar says why it ended
+            shutil.copyfileobj(packed, tar.stdin)
+    if tar.returncode:
+        raise OSError(errno.EIO, "the toolkit cannot be unpacked", str(folder))
 
 
 def home_of(bundle: zipfile.ZipFile, prefix: Path) -> Path:

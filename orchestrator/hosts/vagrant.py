@@ -18,7 +18,6 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ class VagrantTransport:
         return {
             "prefix": machines.prefix(self.lab.lab),
             "network": underlay.network_name(self.lab),
-            "netmask": str(IPv4Network(f"{self.host.underlay}/{self.lab.underlay_prefix}", strict=False).netmask),
+            "underlay_prefix": self.lab.underlay_prefix,
             "mtu": self.lab.underlay_mtu,
         }
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -103,20 +104,37 @@ def make(python: str = PYTHON) -> Path:
     return install.bundle(python, lambda _: None)
 
 
-def test_bundle_holds_the_installer_and_every_wheel(pip: Pip) -> None:
+def test_bundle_holds_the_installer_and_what_is_in_every_wheel(pip: Pip) -> None:
     file = make("3.13")
 
     with zipfile.ZipFile(file) as bundle:
         about = json.loads(bundle.read(installer.ABOUT))
         names = set(bundle.namelist())
-    assert names == {
-        "__main__.py",
-        installer.ABOUT,
-        "wheels/orchestrator-1-py3-none-any.whl",
-        "wheels/rich-1-py3-none-any.whl",
-    }
+        with bundle.open(installer.SITE) as packed, tarfile.open(fileobj=packed) as tar:
+            files = {entry.name: (entry.mode, entry.uid) for entry in tar if entry.name.endswith(".py")}
+    assert names == {"__main__.py", installer.ABOUT, installer.SITE}
+    assert set(files) == {"./orchestrator/__init__.py", "./orchestrator/errors.py", "./rich/__init__.py"}
+    assert set(files.values()) == {(0o644, 0)}
     assert about["digest"] == install.our_digest()
     assert file.stem.endswith(about["id"])
+
+
+def test_bundle_for_our_python_is_compiled_and_what_is_installed_compiles_nothing(pip: Pip, tmp_path: Path) -> None:
+    prefix = tmp_path / "opt"
+    run(make(), prefix)
+    compiled = sorted((prefix / "lib").rglob("*.pyc"))
+    before = [(file, file.stat().st_mtime_ns) for file in compiled]
+    done = subprocess.run(
+        [prefix / "bin/python", "-v", "-P", "-c", "import orchestrator.errors, rich; print(rich.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert [file.name.partition(".")[0] for file in compiled] == ["__init__", "errors", "__init__"]
+    assert [(file, file.stat().st_mtime_ns) for file in sorted((prefix / "lib").rglob("*.pyc"))] == before
+    assert done.stdout.startswith(str(prefix))
+    assert len(re.findall(rf"code object from '{prefix}\S+\.pyc'", done.stderr)) == 3
 
 
 def test_bundle_is_made_once(pip: Pip) -> None:
@@ -348,3 +366,20 @@ def test_place_that_cannot_be_written_is_named(bundle: Bundle, tmp_path: Path) -
     assert done.returncode == 1
     assert str(tmp_path / "file") in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_bundle_that_is_damaged_leaves_what_was_there(bundle: Bundle, tmp_path: Path) -> None:
+    run(bundle("1"), tmp_path / "opt")
+    damaged = bundle("2")
+    with zipfile.ZipFile(damaged) as good:
+        parts = {name: good.read(name) for name in good.namelist()}
+    with zipfile.ZipFile(damaged, "w") as bad:
+        for name, content in parts.items():
+            bad.writestr(name, content[:-100] if name == installer.SITE else content)
+
+    done = run(damaged, tmp_path / "opt")
+
+    assert done.returncode == 1
+    assert "cannot be unpacked" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert starts(tmp_path / "opt") == "1 a b\n"

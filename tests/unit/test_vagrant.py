@@ -124,7 +124,7 @@ def test_description_has_all_that_the_vagrantfile_reads(places: Path) -> None:
 
     assert set(re.findall(r'lab\["(\w+)"\]', ruby)) == set(told)
     assert set(re.findall(r'host\["(\w+)"\]', ruby)) == set(told["hosts"]["alpha"]) == set(told["hosts"]["beta"])
-    assert (told["network"], told["netmask"], told["mtu"]) == ("orc-two", "255.255.252.0", 1600)
+    assert (told["network"], told["underlay_prefix"], told["mtu"]) == ("orc-two", 22, 1600)
     beta = told["hosts"]["beta"]
     assert (beta["address"], beta["vcpus"], beta["memory"]) == ("10.77.0.9", 3, 3072)
     assert beta["disks"] == [{"name": "data", "size": "20480M"}]
