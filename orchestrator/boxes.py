@@ -18,10 +18,10 @@ from typing import Any
 
 from orchestrator.errors import CommandError, ImageError
 from orchestrator.hosts import libvirtd, vagrantcli
+from orchestrator.hosts.vagrantcli import OUR_BOXES
 from orchestrator.images import disk, labhost, store
 from orchestrator.images.recipe import Progress
 
-PREFIX = "orchestrator/"
 VERSION = "1.0.0"  # Vagrant wants one; boxes are told apart by their names
 
 
@@ -52,7 +52,7 @@ def ensure(progress: Progress, *, refresh: bool = False) -> str:
     :raise ImageError: it cannot be built, or Vagrant refuses it.
     """
     image = store.ensure(labhost.NAME, None, base=Path.cwd(), progress=progress, refresh=refresh)
-    name = PREFIX + image.id
+    name = OUR_BOXES + image.id
     try:
         with store.workspace(f"box-{image.id}", progress) as folder:
             if name not in vagrantcli.list_boxes():
@@ -85,7 +85,7 @@ def _pack(image: store.Image, folder: Path) -> Path:
 def find() -> str | None:
     """Name of the box that :func:`ensure` would give without building anything."""
     image = store.find(labhost.NAME, None, Path.cwd())
-    return PREFIX + image.id if image else None
+    return OUR_BOXES + image.id if image else None
 
 
 def all_boxes() -> list[Box]:
@@ -93,8 +93,8 @@ def all_boxes() -> list[Box]:
 
     :raise CommandError: Vagrant is missing or fails.
     """
-    known = {name for name in vagrantcli.list_boxes() if name.startswith(f"{PREFIX}{labhost.NAME}-")}
-    images = {PREFIX + image.id: image for image in store.all_images() if image.name == labhost.NAME}
+    known = {name for name in vagrantcli.list_boxes() if name.startswith(f"{OUR_BOXES}{labhost.NAME}-")}
+    images = {OUR_BOXES + image.id: image for image in store.all_images() if image.name == labhost.NAME}
     found = []
     for name in sorted({*known, *images}):
         image = images.get(name)

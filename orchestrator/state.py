@@ -17,11 +17,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
-from orchestrator import paths
+from orchestrator import paths, sshkeys
 from orchestrator.errors import LockedError, NotFoundError, StateError
 from orchestrator.run import shell_line
 from orchestrator.spec.resolved import ResolvedLab
@@ -99,17 +97,8 @@ class LabState:
     def public_key(self) -> str:
         """The lab's SSH public key; the pair is made when it is first asked for."""
         if not self.ssh_key.exists():
-            paths.make_dir(self.folder)
-            key = Ed25519PrivateKey.generate()
-            private = key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.OpenSSH,
-                serialization.NoEncryption(),
-            )
-            public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-            paths.write_atomic(self.ssh_key.with_suffix(".pub"), public + f" orchestrator-{self.lab}\n".encode())
-            paths.write_atomic(self.ssh_key, private, 0o600)
-        return self.ssh_key.with_suffix(".pub").read_text().strip()
+            sshkeys.make(self.ssh_key, f"orchestrator-{self.lab}")
+        return sshkeys.public_key(self.ssh_key)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

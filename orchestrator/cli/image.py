@@ -76,6 +76,7 @@ def build(
 def _in_use() -> set[str]:
     """Ids of the images that labs with a state may use, for their guests or for their Vagrant hosts."""
     from orchestrator import boxes
+    from orchestrator.hosts.vagrantcli import OUR_BOXES
 
     names = set()
     for name in all_labs():
@@ -88,7 +89,7 @@ def _in_use() -> set[str]:
     for root in (paths.state() / "labs").glob("*/hosts/*/guests/*/root.qcow2"):
         if base := disk.backing_file(root):  # what a disk lies on may be older than what would be used now
             names.add(base.parent.name)
-    return names | {box.removeprefix(boxes.PREFIX) for box in boxes.in_use()}
+    return names | {box.removeprefix(OUR_BOXES) for box in boxes.in_use()}
 
 
 def prune(

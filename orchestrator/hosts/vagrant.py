@@ -24,14 +24,14 @@ from typing import Any
 import libvirt
 import paramiko
 
-from orchestrator import names, paths
+from orchestrator import names, paths, sshkeys
 from orchestrator.errors import CancelledError, HostError, HostKeyError, HostLostError, StateError, TakenError
 from orchestrator.hosts import accel, libvirtd, machines, machinesnapshots, provision, roles, underlay
 from orchestrator.hosts.model import SshHost, VagrantHost
 from orchestrator.hosts.rpc import Progress, Stream
 from orchestrator.hosts.ssh import SshTransport
 from orchestrator.hosts.transport import HostFacts
-from orchestrator.hosts.vagrantcli import BOOT_SECONDS, Project
+from orchestrator.hosts.vagrantcli import BOOT_SECONDS, OUR_BOXES, Project
 from orchestrator.patience import Deadline, scaled
 from orchestrator.run import tail_of
 from orchestrator.spec.base import format_size
@@ -133,10 +133,18 @@ class VagrantTransport:
         dom = self._domain(conn)
         return dom if dom is not None and dom.isActive() else None
 
+    @property
+    def _key(self) -> Path:
+        """The private key by which a machine of our own box lets us in. For others Vagrant makes one."""
+        return self.project.folder / f"{self.host.name}.key"
+
     def _description(self, box: str) -> dict[str, Any]:
         driver, _ = choose_driver(self.spec.accel)
+        has_key = self._key.exists()
         return {
             "box": box,
+            "key": str(self._key) if has_key else None,
+            "authorized_key": sshkeys.public_key(self._key) if has_key else None,
             "mark": self._mark,
             "address": self.host.underlay,
             "driver": driver,
@@ -191,12 +199,16 @@ class VagrantTransport:
             address = self._address(dom)
             if address is None:
                 raise HostError(f"host {self.host.name} has no address yet", hint=f"its console: {self.console}")
-            key = self.folder / "private_key"
+            candidates = (
+                self._key,
+                self.folder / "private_key",
+                Path("~/.vagrant.d/insecure_private_key").expanduser(),
+            )
             spec = SshHost(
                 kind="ssh",
                 address=address,
                 user=USER,
-                key=key if key.exists() else Path("~/.vagrant.d/insecure_private_key").expanduser(),
+                key=next((key for key in candidates if key.exists()), candidates[-1]),
                 known_hosts=self._known_hosts(address),
                 libvirt="system",
             )
@@ -308,9 +320,12 @@ class VagrantTransport:
 
     def _start(self, conn: libvirt.virConnect, progress: Progress, cancel: threading.Event | None) -> None:
         dom, described = self._domain(conn), self.project.described().get(self.host.name)
+        box = described["box"] if dom and described else self.spec.box or self._box(progress)
         if dom is None:
             self._clear_remains(conn)
-        box = described["box"] if dom and described else self.spec.box or self._box(progress)
+            sshkeys.remove(self._key)
+            if box.startswith(OUR_BOXES):
+                sshkeys.make(self._key, f"orchestrator-{self.lab.lab}-{self.host.name}")
         self.project.describe(self._common(), self.host.name, self._description(box))
         progress(choose_driver(self.spec.accel)[1])
         if dom is not None and self._made.exists() and not self._differences(dom) and _create(dom):
@@ -391,6 +406,7 @@ class VagrantTransport:
             self._clear_remains(conn)
             self.project.describe(self._common(), self.host.name, None)
             self.console.unlink(missing_ok=True)
+            sshkeys.remove(self._key)
             underlay.remove(self.lab, conn)
 
     def halt(self, progress: Progress) -> None:

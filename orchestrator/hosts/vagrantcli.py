@@ -24,6 +24,7 @@ from orchestrator.errors import CommandError, HostError
 from orchestrator.patience import scaled
 from orchestrator.run import TAIL_LINES, follow, run, shell_line
 
+OUR_BOXES = "orchestrator/"  # what their names begin with
 BOOT_SECONDS = 600
 COMMAND_SECONDS = 1800
 ENVIRONMENT = {"VAGRANT_CHECKPOINT_DISABLE": "1", "VAGRANT_DEFAULT_PROVIDER": "libvirt", "VAGRANT_NO_COLOR": "1"}

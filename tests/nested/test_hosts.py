@@ -57,6 +57,11 @@ def test_hosts_are_machines_with_their_own_kvm(nested: Lab) -> None:
     assert nested.on("alpha", "systemctl is-enabled orchestrator-agents.service").strip() == "enabled"
 
 
+def test_key_that_everybody_knows_opens_nothing(nested: Lab) -> None:
+    assert "vagrant insecure" not in nested.on("alpha", "cat /home/vagrant/.ssh/authorized_keys /root/.ssh/* 2>&1")
+    assert nested.on("alpha", "cat /etc/hostname; hostname") == "alpha\nalpha\n"
+
+
 def test_disk_of_the_lab_file_is_there(nested: Lab) -> None:
     size = nested.on("beta", "blockdev --getsize64 /dev/disk/by-id/virtio-data")
 

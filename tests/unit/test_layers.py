@@ -17,7 +17,7 @@ import orchestrator
 PACKAGE = Path(orchestrator.__file__).parent
 
 #: What everything may import, and what imports only of its own kind: errors, the gateway to programs, plain data.
-FOUNDATION = {"", "errors", "names", "paths", "patience", "run", "spec.base", "spec.resolved"}
+FOUNDATION = {"", "errors", "names", "paths", "patience", "run", "spec.base", "spec.resolved", "sshkeys"}
 
 #: Beside the foundation and itself, what each part may import. A subsystem imports no other; the exceptions are
 #: those of docs/architecture.md.

@@ -16,7 +16,7 @@ from typing import Literal
 import libvirt
 import pytest
 
-from orchestrator import paths
+from orchestrator import paths, sshkeys
 from orchestrator.errors import CancelledError, CommandError, HostError
 from orchestrator.hosts import accel, machinesnapshots, vagrant, vagrantcli
 from orchestrator.hosts.vagrantcli import Project
@@ -130,6 +130,19 @@ def test_description_has_all_that_the_vagrantfile_reads(places: Path) -> None:
     assert beta["disks"] == [{"name": "data", "size": "20480M"}]
     assert (beta["driver"], beta["cpu_mode"], beta["box"]) == ("qemu", "maximum", "a/box")
     assert told["hosts"]["alpha"]["mark"] != beta["mark"]
+
+
+def test_machine_of_our_box_is_told_the_key_that_it_lets_in(places: Path) -> None:
+    ours, others = transport("alpha"), transport("beta")
+    sshkeys.make(ours._key, "orchestrator-two-alpha")
+
+    told = ours._description("orchestrator/labhost-1")["authorized_key"]
+
+    assert re.fullmatch(r"ssh-ed25519 [\w+/=]+ orchestrator-two-alpha", told), (
+        "what QEMU's option and sed take as it is"
+    )
+    others_told = others._description("a/box")
+    assert others_told["key"] is others_told["authorized_key"] is None
 
 
 def test_machine_is_taken_out_of_the_description_and_the_others_stay(places: Path) -> None:
