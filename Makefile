@@ -46,7 +46,7 @@ lock: ## resolve the Python packages anew
 
 nested: ## the tests on two virtual machines with their own KVM (KEEP=1 leaves them up, KEEP=0 never does)
 	@.ci/setup --nested
-	@KEEP=$(KEEP) $(RUN) .venv/bin/pytest -v --durations=10 tests/nested
+	@KEEP=$(KEEP) $(RUN) .venv/bin/pytest -v --exitfirst --durations=15 tests/nested
 
 bench: bench-up ## all measurements against peers
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 import os
 import select
 import socket
+from typing import TYPE_CHECKING
 
-from orchestrator.hosts.rpc import Stream
+if TYPE_CHECKING:
+    from orchestrator.hosts.rpc import Stream
 
 
 def carry(stream: Stream, source: int = 0, target: int = 1) -> None:

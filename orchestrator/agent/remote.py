@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import secrets
+import os
 import shutil
 import socket
 import sys
@@ -33,7 +33,7 @@ from orchestrator.agent.connect import carry
 from orchestrator.errors import OrchestratorError
 from orchestrator.hosts import agentproc
 from orchestrator.hosts.agentproc import AgentPlace
-from orchestrator.hosts.install import installed_digest
+from orchestrator.hosts.installed import installed_digest
 
 SYSTEM_SOCKETS = ("/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock")
 SYSTEMD = Path("/run/systemd/system")
@@ -85,7 +85,7 @@ def _start(place: AgentPlace) -> None:
     prefix: list[str] = []
     if SYSTEMD.is_dir() and shutil.which("systemd-run"):
         # Guests stay in the scope of an agent that has ended, so each start needs a name of its own.
-        unit = f"orchestrator-agent-{place.lab}-{place.host}-{secrets.token_hex(3)}"
+        unit = f"orchestrator-agent-{place.lab}-{place.host}-{os.urandom(3).hex()}"
         prefix = ["systemd-run", "--quiet", "--scope", "--collect", f"--unit={unit}", "--"]
     agentproc.start(place, prefix)
 

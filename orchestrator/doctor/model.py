@@ -50,7 +50,7 @@ class Probe:
     about: str
     look: Callable[[], Finding]
     isolated: bool = False
-    seconds: float = 10.0
+    seconds: float = 30.0
 
 
 def good(summary: str, *detail: str, fix: str | None = None) -> Finding:

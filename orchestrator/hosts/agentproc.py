@@ -24,7 +24,7 @@ from pathlib import Path
 
 from orchestrator import names, paths
 from orchestrator.errors import HostError, HostLostError
-from orchestrator.hosts.install import installed_digest
+from orchestrator.hosts.installed import installed_digest
 from orchestrator.run import shell_line, spawn, tail_of
 
 END_SECONDS = 10

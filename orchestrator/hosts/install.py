@@ -32,6 +32,7 @@ from py_compile import PycInvalidationMode
 from orchestrator import __version__, names, paths
 from orchestrator.errors import CommandError, HostError
 from orchestrator.hosts import installer
+from orchestrator.hosts.installed import installed_digest
 from orchestrator.hosts.rpc import Progress
 from orchestrator.patience import scaled
 from orchestrator.run import run
@@ -61,15 +62,6 @@ def _digest(checkout: Path) -> str:
             path for path in (checkout / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts
         )
     return names.digest(*(f"{path.relative_to(checkout)}\0{path.read_bytes().hex()}" for path in files), length=12)
-
-
-@functools.cache
-def installed_digest() -> str | None:
-    """The digest of the bundle that installed the code that runs; None where none did."""
-    try:
-        return str(json.loads((Path(sys.prefix) / installer.ABOUT).read_text())["digest"])
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def our_digest() -> str | None:

@@ -60,12 +60,13 @@ def known_hosts_of(spec: SshHost) -> Path:
 class Connection:
     """A machine that is logged in to when it is first needed, and whose commands run as root."""
 
-    def __init__(self, name: str, spec: SshHost) -> None:
+    def __init__(self, name: str, spec: SshHost, *, may_sudo: bool = False) -> None:
+        """:param may_sudo: it is known that the user may become root; else that is tried before it is needed."""
         self.name = name
         self.spec = spec
         self._client: paramiko.SSHClient | None = None
         self._jump: paramiko.SSHClient | None = None
-        self._may_sudo = False
+        self._may_sudo = may_sudo
         self._lock = threading.Lock()
 
     def _open(self, address: str, port: int, user: str | None, sock: Any = None) -> paramiko.SSHClient:
@@ -211,13 +212,13 @@ class SshTransport:
     shares_files = False
     disposable = False
 
-    def __init__(self, lab: ResolvedLab, host: ResolvedHost) -> None:
+    def __init__(self, lab: ResolvedLab, host: ResolvedHost, *, may_sudo: bool = False) -> None:
         if not isinstance(host.spec, SshHost):
             raise TypeError(f"host {host.name} is of kind {host.spec.kind}")
         self.host = host
         self.lab = lab
         self.spec = host.spec
-        self.connection = Connection(host.name, host.spec)
+        self.connection = Connection(host.name, host.spec, may_sudo=may_sudo)
 
     @property
     def toolkit(self) -> PurePosixPath:

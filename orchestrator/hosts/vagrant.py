@@ -212,7 +212,8 @@ class VagrantTransport:
                 known_hosts=self._known_hosts(address),
                 libvirt="system",
             )
-            self._ssh = SshTransport(self.lab, self.host.model_copy(update={"spec": spec}))
+            # The user of a Vagrant box may become root without a password: Vagrant's own rule for boxes.
+            self._ssh = SshTransport(self.lab, self.host.model_copy(update={"spec": spec}), may_sudo=True)
         return self._ssh
 
     def _known_hosts(self, address: str) -> Path:
