@@ -196,7 +196,7 @@ def test_local_and_vagrant_hosts_in_one_lab(lab: Lab) -> None:
 
 def test_up_that_is_broken_off_while_a_host_is_made(lab: Lab) -> None:
     """First politely, then with force: the next `up` makes the host whole, or removes what there is of it."""
-    lab.file(with_lines(lab, "gamma: {kind: vagrant, memory: 1G, vcpus: 1}"))
+    lab.file(with_lines(lab, "gamma: {kind: vagrant, memory: 1G}"))
     for number in (signal.SIGINT, signal.SIGKILL):
         broken = lab.start("up")
         assert broken.stderr
@@ -209,7 +209,7 @@ def test_up_that_is_broken_off_while_a_host_is_made(lab: Lab) -> None:
             lab.file(lab.text)
             lab.run("up", "--yes")
             assert "orc-nested-gamma" not in virsh("list", "--all", "--name")
-            lab.file(with_lines(lab, "gamma: {kind: vagrant, memory: 1G, vcpus: 1}"))
+            lab.file(with_lines(lab, "gamma: {kind: vagrant, memory: 1G}"))
 
     lab.run("up")
     kvm = lab.on("gamma", "test -c /dev/kvm && echo yes")
