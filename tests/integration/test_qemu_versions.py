@@ -66,7 +66,9 @@ def test_guest_on_qemu_10_beside_one_on_the_distributions(sandbox: Sandbox) -> N
     reached = sandbox.json("reach")
     sandbox.run("snapshot", "save", "new", "one")
     sandbox.run("snapshot", "restore", "new", "one")
-    sandbox.file(file.read_text().replace("count: 1", "count: 2").replace("size: 192M", "size: 320M"))
+    more = "nics: [lan], disks: [{name: data, size: 16M}]"
+    text = file.read_text().replace("count: 1", "count: 2").replace("size: 192M", "size: 320M")
+    sandbox.file(text.replace("nics: [lan]", more))
     sandbox.run("up", "-f", file)
 
     assert str(emulator) in xml
@@ -74,3 +76,4 @@ def test_guest_on_qemu_10_beside_one_on_the_distributions(sandbox: Sandbox) -> N
     assert all(one["milliseconds"] is not None for one in reached)
     assert {(guest["vcpus"], guest["memory"] >> 20) for guest in sandbox.guests().values()} == {(2, 320)}
     assert sandbox.exec("new", "nproc") == "2\n"
+    assert [sandbox.exec(name, "cat", "/sys/class/block/vda/size") for name in ("old", "new")] == ["32768\n"] * 2
