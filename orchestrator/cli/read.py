@@ -126,7 +126,11 @@ def status(
             data = _status(lab)[1]
     else:
         output.stdout.print(_tables(lab, data))
-    if any(host.problem for host in observed.hosts.values()):
+    problems = {name: host.problem for name, host in observed.hosts.items() if host.problem}
+    if output_format is not Format.TABLE:  # which shows them
+        for name, problem in problems.items():
+            output.note(f"host {name} is unreachable: {problem}")
+    if problems:
         raise typer.Exit(HostError.exit_code)
 
 

@@ -27,10 +27,13 @@ from orchestrator.hosts.install import bundle, our_digest
 from orchestrator.hosts.model import SshHost
 from orchestrator.hosts.rpc import Progress, Stream
 from orchestrator.hosts.transport import HostFacts
+from orchestrator.patience import scaled
 from orchestrator.run import tail_of
 from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
 
 CONNECT_SECONDS = 15
+ANSWER_SECONDS = 45
+"""For one answer of a machine that listens: it may be busy, or emulated."""
 COMMAND_SECONDS = 60
 INSTALL_SECONDS = 600
 DEFAULT_TOOLKIT = "/opt/orchestrator/bin/orchestrator"
@@ -84,9 +87,9 @@ class Connection:
                 port=port,
                 username=user,
                 key_filename=str(self.spec.key.expanduser()) if self.spec.key else None,
-                timeout=CONNECT_SECONDS,
-                banner_timeout=CONNECT_SECONDS,
-                auth_timeout=CONNECT_SECONDS,
+                timeout=scaled(CONNECT_SECONDS),
+                banner_timeout=scaled(ANSWER_SECONDS),
+                auth_timeout=scaled(ANSWER_SECONDS),
                 sock=sock,
             )
         except paramiko.BadHostKeyException as error:
@@ -134,7 +137,7 @@ class Connection:
         assert over is not None
         there = (self.spec.address, self.spec.port)
         try:
-            return over.open_channel("direct-tcpip", there, ("127.0.0.1", 0), timeout=CONNECT_SECONDS)
+            return over.open_channel("direct-tcpip", there, ("127.0.0.1", 0), timeout=scaled(ANSWER_SECONDS))
         except paramiko.SSHException as error:
             raise HostError(
                 f"host {self.name}: jump host {self.spec.jump} cannot reach "
@@ -147,6 +150,7 @@ class Connection:
         :raise HostLostError: the connection breaks.
         :raise HostError: there is none, or the command does not end in time.
         """
+        seconds = scaled(seconds)
         try:
             _, out, err = self.client().exec_command(command, timeout=seconds)
             stdout, stderr = out.read(), err.read()
@@ -193,7 +197,7 @@ class Connection:
             transport = self.client().get_transport()
             if transport is None:
                 raise HostError(f"host {self.name}: the connection has ended")
-            channel = transport.open_session(timeout=CONNECT_SECONDS)
+            channel = transport.open_session(timeout=scaled(ANSWER_SECONDS))
             channel.exec_command(command)
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise HostError(f"host {self.name}: no stream to the agent: {error}") from error

@@ -246,7 +246,7 @@ def test_tiny_takes_ssh_keys_and_obeys_the_power_button(tiny: Image) -> None:
 
     with running(tiny, words, *network(f"tcp:127.0.0.1:{port}-10.0.2.15:22")) as guest:
         guest.agent("guest-ping")
-        eventually(lambda: "dropbear" in guest.shell("ps"), "the ssh server")
+        eventually(lambda: ":22 " in guest.shell("netstat -ltn"), "the ssh server")
         assert hostname_by(private) == b"ann\n"
         with pytest.raises(paramiko.AuthenticationException):
             hostname_by(other)

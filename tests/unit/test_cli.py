@@ -428,6 +428,7 @@ def test_unreachable_host_ends_with_4_and_the_others_go_on(cli: Cli, memory: Mem
     assert guests(memory) == {"beta": ["dan", "eve"]}
     assert "! unreachable host alpha: no route to host" in cli("plan", status=4).out
     assert "no route to host" in cli("status", status=4).out
+    assert "host alpha is unreachable: no route to host" in cli("status", "-o", "json", status=4).err
 
 
 def test_locked_lab_ends_with_5(cli: Cli, memory: MemoryLab) -> None:
