@@ -34,13 +34,14 @@ def status(lab: ResolvedLab, observed: ObservedLab, plan: Plan) -> dict[str, Any
     hosts = []
     for name, host in lab.hosts.items():
         seen = observed.hosts[name]
+        state = "broken" if seen.facts.broken else "up" if seen.facts.present else "absent"
         hosts.append(
             {
                 "name": name,
                 "kind": host.spec.kind,
                 "underlay": host.underlay,
-                "state": "unreachable" if seen.problem else "up" if seen.facts.present else "absent",
-                "problem": seen.problem,
+                "state": "unreachable" if seen.problem else state,
+                "problem": seen.problem or ("; ".join(seen.facts.problems) if seen.facts.broken else None),
                 "guests": len(seen.guests),
                 "networks": [facts.to_json() for facts in seen.networks],
             }
@@ -53,7 +54,8 @@ def status(lab: ResolvedLab, observed: ObservedLab, plan: Plan) -> dict[str, Any
         addresses = [address for nic in wish.nics for address in nic.addresses]
         if facts is None:
             where = observed.hosts[wish.host]
-            guests.append(_guest(wish, "unknown" if where.problem else "absent") | {"addresses": addresses})
+            unseen = where.problem or where.facts.broken
+            guests.append(_guest(wish, "unknown" if unseen else "absent") | {"addresses": addresses})
             continue
         state = "starting" if facts.state == "running" and not facts.ready else facts.state
         guests.append(

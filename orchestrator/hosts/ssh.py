@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import socket
 import threading
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +35,8 @@ from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
 CONNECT_SECONDS = 15
 ANSWER_SECONDS = 45
 """For one answer of a machine that listens: it may be busy, or emulated."""
+KEEPALIVE_SECONDS, SILENCE_SECONDS = 15, 120
+"""A machine that acknowledges nothing for so long has gone: longer than a snapshot holds one up."""
 COMMAND_SECONDS = 60
 INSTALL_SECONDS = 600
 DEFAULT_TOOLKIT = "/opt/orchestrator/bin/orchestrator"
@@ -117,7 +120,9 @@ class Connection:
             ) from error
         transport = ssh.get_transport()
         if transport:
-            transport.set_keepalive(15)
+            transport.set_keepalive(KEEPALIVE_SECONDS)
+            if isinstance(transport.sock, socket.socket):  # and not a channel of the jump host
+                transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000)
         return ssh
 
     def client(self) -> paramiko.SSHClient:

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 BoxProvider = Callable[[Progress], str]
 USER = "vagrant"
 HALT_SECONDS = 60.0
+ANSWER_SECONDS = 180.0
+"""For a machine that has started before: it is up in less than a minute, also where it is emulated."""
 _NESTED = ("kvm_amd", "kvm_intel")
 
 
@@ -369,7 +371,7 @@ class VagrantTransport:
 
         :raise HostError: it does not, in the end.
         """
-        deadline = Deadline(scaled(BOOT_SECONDS))
+        deadline = Deadline(scaled(ANSWER_SECONDS))
         while True:
             dom = self._running(conn)
             try:
@@ -384,7 +386,13 @@ class VagrantTransport:
                 )
                 raise
             except HostError as error:
-                if dom is None or deadline.passed:
+                if dom is None:
+                    raise self._with_console(error) from None
+                if deadline.passed:
+                    error.hint = (
+                        f"if it hangs, cut its power, then bring the lab up again: "
+                        f"virsh -c {libvirtd.URI} destroy {dom.name()}"
+                    )
                     raise self._with_console(error) from None
             if cancel is not None and cancel.is_set():
                 raise CancelledError(f"host {self.host.name} was given up")

@@ -64,6 +64,31 @@ def test_key_that_everybody_knows_opens_nothing(nested: Lab) -> None:
     assert nested.on("alpha", "cat /etc/hostname; hostname") == "alpha\nalpha\n"
 
 
+def test_kernel_of_an_emulated_host_is_not_patched_when_guests_come_and_go(nested: Lab) -> None:
+    """As a guest does: a virtual machine, a processor with an APIC that is off, a cpuset."""
+    if nested.on("alpha", "systemd-detect-virt", status=None).strip() != "qemu":
+        pytest.skip("the hosts of this lab have real processors: nothing there executes what is replaced")
+    count = "awk '/patch/ { print $2 }' kprobe_profile"
+
+    counts = nested.on(
+        "alpha",
+        f"""cd /sys/kernel/tracing
+        echo 'p:patch arch_jump_label_transform_queue' >> kprobe_events
+        echo 1 > events/kprobes/patch/enable
+        echo 1 > events/module/module_load/enable
+        echo 0 > events/module/module_load/enable
+        {count}
+        systemd-run --quiet --wait --property=AllowedCPUs=0 timeout 1 /usr/local/sbin/steady-kernel
+        {count}
+        echo 0 > events/kprobes/patch/enable
+        echo '-:patch' >> kprobe_events""",
+    )
+
+    before, after = map(int, counts.split())
+    assert before > 0, "the probe does not count"
+    assert after == before
+
+
 def test_disk_of_the_lab_file_is_there(nested: Lab) -> None:
     size = nested.on("beta", "blockdev --getsize64 /dev/disk/by-id/virtio-data")
 
