@@ -15,6 +15,8 @@ from pathlib import Path
 from orchestrator import paths
 
 PREFIX = "orchestrator"
+AGENT_SOCKET = "agent.sock"
+"""In :func:`runtime_dir`."""
 
 
 def digest(*parts: str, length: int = 8) -> str:

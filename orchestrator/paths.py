@@ -16,7 +16,6 @@ Without root the defaults are the XDG folders of the user.
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 VARIABLES = ("ORCHESTRATOR_STATE", "ORCHESTRATOR_CACHE", "ORCHESTRATOR_RUN")
@@ -76,6 +75,8 @@ def make_dir(path: Path, mode: int = 0o755) -> Path:
 
 def write_atomic(path: Path, data: str | bytes, mode: int = 0o644) -> None:
     """Replace ``path`` in one step: a reader sees the old content or the new, never a part."""
+    import tempfile  # here: what emulated hosts run for each command should load little
+
     raw = data.encode() if isinstance(data, str) else data
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)

@@ -1,4 +1,7 @@
-"""A stream as standard input and output: how an SSH connection carries an agent's stream, and ``ssh`` a guest's."""
+"""A stream as standard input and output: how an SSH connection carries an agent's stream, and ``ssh`` a guest's.
+
+``python -m orchestrator.agent.connect UID HOST`` runs on the host, for each command once or more: it imports little.
+"""
 
 # SPDX-License-Identifier: Apache-2.0
 
@@ -7,7 +10,10 @@ from __future__ import annotations
 import os
 import select
 import socket
+import sys
 from typing import TYPE_CHECKING
+
+from orchestrator import names
 
 if TYPE_CHECKING:
     from orchestrator.hosts.rpc import Stream
@@ -35,3 +41,18 @@ def carry(stream: Stream, source: int = 0, target: int = 1) -> None:
                     return
                 while data:
                     data = data[os.write(target, data) :]
+
+
+def main(uid: str, host: str) -> None:
+    """The stream of the agent of a lab's host."""
+    path = names.runtime_dir(uid, host) / names.AGENT_SOCKET
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+        try:
+            stream.connect(str(path))
+        except OSError as error:
+            sys.exit(f"no agent answers at {path}: {error.strerror}")
+        carry(stream)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -5,7 +5,6 @@ action    what it does
 ========  =============================================================================================
 facts     print what is here, as JSON (:func:`_facts`)
 start     start the agent unless it runs; one that runs other code than ours is replaced
-connect   the agent's stream as standard input and output
 remove    stop the agent, and remove the lab's files on this host
 boot      start the agents of every lab that has files on this host, after the host was started
 ========  =============================================================================================
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__, paths
-from orchestrator.agent.connect import carry
 from orchestrator.errors import OrchestratorError
 from orchestrator.hosts import agentproc
 from orchestrator.hosts.agentproc import AgentPlace
@@ -122,7 +120,7 @@ def _complain(error: OrchestratorError) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
-    for name in ("facts", "start", "connect", "remove"):
+    for name in ("facts", "start", "remove"):
         action = actions.add_parser(name)
         for option in ("lab", "uid", "host"):
             action.add_argument(f"--{option}", required=True)
@@ -137,8 +135,6 @@ def main() -> None:
             sys.stdout.write(json.dumps(_facts(place)) + "\n")
         elif args.action == "start":
             _start(place)
-        elif args.action == "connect":
-            carry(agentproc.connect(place))
         else:
             _remove(place)
     except OrchestratorError as error:

@@ -59,7 +59,7 @@ class AgentPlace:
 
     @property
     def socket(self) -> Path:
-        return self.run_dir / "agent.sock"
+        return self.run_dir / names.AGENT_SOCKET
 
     @property
     def log(self) -> Path:

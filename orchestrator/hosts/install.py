@@ -177,7 +177,7 @@ def _dependencies(checkout: Path, python: str, progress: Progress) -> list[Path]
         target += [f"--platform=manylinux_2_{minor}_{MACHINE}" for minor in _GLIBC]
         target += [f"--platform=manylinux2014_{MACHINE}"]
         _pip(["download", "--no-deps", "--require-hashes", *target, "--dest", folder, "-r", wanted])
-        if python == "{}.{}".format(*sys.version_info):
+        if python == installer.python_version():
             _add_bytecode(folder, progress)
 
     made_from = names.digest(lock, python, str(sys.implementation.cache_tag), length=12)

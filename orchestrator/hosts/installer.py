@@ -72,7 +72,7 @@ def install(bundle: zipfile.ZipFile, prefix: Path) -> None:
         import venv  # others only want to know a name
 
         venv.EnvBuilder(system_site_packages=True, symlinks=True).create(new)
-        site = new / "lib" / f"python{_python()}" / "site-packages"
+        site = new / "lib" / f"python{python_version()}" / "site-packages"
         _unpack(bundle, site)
         (new / ABOUT).write_bytes(bundle.read(ABOUT))
         os.sync()  # the name must not outlive a power cut without what it stands for
@@ -120,7 +120,8 @@ def _replace(file: Path, text: str) -> None:
     new.replace(file)
 
 
-def _python() -> str:
+def python_version() -> str:
+    """Of the Python that runs, such as 3.13."""
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -133,7 +134,7 @@ def main() -> None:
     os.umask(0o022)
     with zipfile.ZipFile(Path(sys.argv[0])) as bundle:
         wanted = json.loads(bundle.read(ABOUT))
-        here = {"python": _python(), "machine": platform.machine()}
+        here = {"python": python_version(), "machine": platform.machine()}
         for key, value in here.items():
             if wanted[key] != value:
                 sys.exit(f"this bundle is for {key} {wanted[key]}, and this is {value}")

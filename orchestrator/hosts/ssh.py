@@ -257,9 +257,12 @@ class SshTransport:
 
     def _command(self, action: str) -> str:
         """:raise HostError: we cannot become root there."""
-        words = [str(self.toolkit.parent / "python"), "-P", "-m", "orchestrator.agent.remote", action]
-        words += [f"--lab={self.lab.lab}", f"--uid={self.lab.uid}", f"--host={self.host.name}"]
-        return self.connection.as_root(shlex.join([*words, f"--libvirt={self.spec.libvirt}"]))
+        names = [f"--lab={self.lab.lab}", f"--uid={self.lab.uid}", f"--host={self.host.name}"]
+        return self._python("orchestrator.agent.remote", action, *names, f"--libvirt={self.spec.libvirt}")
+
+    def _python(self, *words: str) -> str:
+        """The command that runs a module of the toolkit there, as root."""
+        return self.connection.as_root(shlex.join([str(self.toolkit.parent / "python"), "-P", "-m", *words]))
 
     def _act(self, action: str) -> bytes:
         """:raise HostError: the action fails there."""
@@ -327,7 +330,7 @@ class SshTransport:
                 f"host {self.host.name}: {self.toolkit} is of version {there['version']}, this is {__version__}",
                 hint="update it there, or leave `toolkit:` away to have it installed",
             )
-        made = bundle(self._python(), progress)
+        made = bundle(self._python_version(), progress)
         prefix = self.toolkit.parent.parent
         progress(f"installing the toolkit into {prefix}")
         status, stdout, stderr = self.connection.run("mktemp -d")
@@ -352,7 +355,7 @@ class SshTransport:
                 tail=tail_of(stderr or stdout),
             )
 
-    def _python(self) -> str:
+    def _python_version(self) -> str:
         """Version of the Python there, such as 3.13.
 
         :raise HostError: there is none.
@@ -375,7 +378,7 @@ class SshTransport:
         self._act("remove")
 
     def stream(self) -> Stream:
-        return self.connection.channel(self._command("connect"))
+        return self.connection.channel(self._python("orchestrator.agent.connect", self.lab.uid, self.host.name))
 
     def close(self) -> None:
         self.connection.close()

@@ -209,7 +209,7 @@ class VagrantTransport:
             spec = SshHost(
                 kind="ssh",
                 address=address,
-                user=USER,
+                user="root" if self._key.exists() else USER,  # our box lets root in, which saves a sudo
                 key=next((key for key in candidates if key.exists()), candidates[-1]),
                 known_hosts=self._known_hosts(address),
                 libvirt="system",

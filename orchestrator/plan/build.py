@@ -14,7 +14,7 @@ from orchestrator.plan import moves, power
 from orchestrator.plan.operations import MIGRATE, Impact, ObservedHost, ObservedLab, Operation, Plan, Undo
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab
 from orchestrator.switch import control as switch
-from orchestrator.switch.bridge import Membership
+from orchestrator.switch.membership import Membership
 
 NOTHING = ObservedHost()
 

@@ -14,7 +14,7 @@ from orchestrator.hosts.transport import HostFacts, Transport, client
 from orchestrator.images import labhost, store
 from orchestrator.plan.operations import ObservedHost, ObservedLab
 from orchestrator.spec.resolved import ResolvedLab
-from orchestrator.switch.bridge import NetworkFacts
+from orchestrator.switch.membership import NetworkFacts
 
 Tell = Callable[[str, str], None]
 

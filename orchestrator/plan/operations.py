@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.guests.domain import GuestFacts
 from orchestrator.hosts.transport import HostFacts
-from orchestrator.switch.bridge import NetworkFacts
+from orchestrator.switch.membership import NetworkFacts
 
 
 class Impact(StrEnum):

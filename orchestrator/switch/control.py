@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab, ResolvedNetwork
-from orchestrator.switch.bridge import Membership, NetworkFacts, differences
+from orchestrator.switch.membership import Membership, NetworkFacts, differences
 
 
 def membership(lab: ResolvedLab, network: ResolvedNetwork, host: str) -> Membership:

@@ -18,7 +18,7 @@ from orchestrator.errors import NetworkError
 from orchestrator.hosts.rpc import Call, Server, Stream, relay
 from orchestrator.spec.resolved import ResolvedNetwork, ResolvedNic
 from orchestrator.switch import bridge
-from orchestrator.switch.bridge import Membership
+from orchestrator.switch.membership import Membership
 
 CONNECT_SECONDS = 10
 

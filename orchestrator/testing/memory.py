@@ -30,7 +30,7 @@ from orchestrator.hosts.transport import HostFacts
 from orchestrator.plan.operations import MIGRATE, ObservedHost, ObservedLab, Operation
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab, ResolvedNetwork, ResolvedNic
 from orchestrator.switch import control as switch
-from orchestrator.switch.bridge import Membership, NetworkFacts
+from orchestrator.switch.membership import Membership, NetworkFacts
 
 OnCall = Callable[[str, Call, Mapping[str, Any]], None]
 

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.spec.resolved import ResolvedLab
 from orchestrator.switch import control
-from orchestrator.switch.bridge import Membership, NetworkFacts, differences
+from orchestrator.switch.membership import Membership, NetworkFacts, differences
 from orchestrator.testing import perfect
 from tests.unit.labs import demo, resolved
 
