@@ -115,25 +115,26 @@ def in_use() -> set[str]:
     return {machine["box"] for project in vagrantcli.all_projects() for machine in project.described().values()}
 
 
-def remove(box: Box) -> None:
-    """Remove a box with its image, and the copy of it in libvirt's storage unless disks lie on that.
+def prune(keep: set[str]) -> list[Box]:
+    """Remove every box but those in ``keep``, with their images, and the copies of boxes in libvirt's storage that no
+    disk lies on; the boxes that were removed.
 
     :raise CommandError: Vagrant refuses.
+    :raise HostError: libvirtd cannot be started.
     """
-    if box.known:
-        vagrantcli.remove_box(box.name)
-    for image in store.all_images():
-        if image.id == box.image:
-            store.remove(image)
-    libvirtd.remove_volumes(f"{box.name.replace('/', '-VAGRANTSLASH-')}_vagrant_box_image_")
-
-
-def prune(keep: set[str]) -> list[Box]:
-    """Remove every box but those in ``keep``; the boxes that were removed."""
-    removed = []
-    for box in all_boxes():
-        if box.name not in keep:
-            with contextlib.suppress(FileNotFoundError):
-                remove(box)
-            removed.append(box)
+    removed = [box for box in all_boxes() if box.name not in keep]
+    images = {image.id: image for image in store.all_images()}
+    for box in removed:
+        if box.known:
+            vagrantcli.remove_box(box.name)
+        if box.image in images:
+            with contextlib.suppress(FileNotFoundError):  # somebody else prunes, too
+                store.remove(images[box.image])
+    with libvirtd.session():
+        libvirtd.remove_volumes(_volume(f"{OUR_BOXES}{labhost.NAME}-"), keep=[_volume(name) for name in keep])
     return removed
+
+
+def _volume(box: str) -> str:
+    """How the names of a box's copies in libvirt's storage begin: vagrant-libvirt's ``box_image.rb``."""
+    return box.replace("/", "-VAGRANTSLASH-")

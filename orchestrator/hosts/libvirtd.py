@@ -14,7 +14,8 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import libvirt
@@ -185,15 +186,20 @@ def _release() -> None:
         paths.runtime().rmdir()
 
 
-def remove_volumes(*prefixes: str) -> None:
-    """Remove the volumes whose names begin with one of ``prefixes`` from the storage pools, if libvirtd runs."""
+def remove_volumes(*prefixes: str, keep: Sequence[str] = ()) -> None:
+    """Remove the volumes whose names begin with one of ``prefixes`` and with none of ``keep`` from the storage pools,
+    if libvirtd runs; but none that another volume lies on."""
     conn = connect()
     if conn is None:
         return
     with contextlib.closing(conn):
+        volumes = []
         for pool in conn.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
             with contextlib.suppress(libvirt.libvirtError):
                 pool.refresh()
-            for volume in pool.listAllVolumes():
-                if volume.name().startswith(prefixes):
-                    volume.delete()
+            volumes += pool.listAllVolumes()
+        below = {ET.fromstring(volume.XMLDesc()).findtext("backingStore/path") for volume in volumes}
+        for volume in volumes:
+            name = volume.name()
+            if name.startswith(prefixes) and not name.startswith(tuple(keep)) and volume.path() not in below:
+                volume.delete()

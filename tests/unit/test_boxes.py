@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import tarfile
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from orchestrator import boxes
@@ -59,7 +61,8 @@ def test_boxes_are_joined_with_their_images_and_pruned(
     monkeypatch.setattr(vagrantcli, "remove_box", removed.append)
     monkeypatch.setattr(store, "all_images", lambda: [image])
     monkeypatch.setattr(store, "remove", lambda image: removed.append(image.id))
-    monkeypatch.setattr(libvirtd, "remove_volumes", lambda *prefixes: removed.extend(prefixes))
+    monkeypatch.setattr(libvirtd, "session", contextlib.nullcontext)
+    monkeypatch.setattr(libvirtd, "remove_volumes", lambda prefix, keep: removed.extend([prefix, *keep]))
     Project("two").describe({}, "alpha", {"box": "orchestrator/labhost-1"})
 
     found = {box.name: (box.image, box.known, box.size) for box in boxes.all_boxes()}
@@ -69,4 +72,26 @@ def test_boxes_are_joined_with_their_images_and_pruned(
         "orchestrator/labhost-1": ("labhost-1", True, 5 << 20),
         "orchestrator/labhost-0": (None, True, 0),
     }
-    assert removed == ["orchestrator/labhost-0", "orchestrator-VAGRANTSLASH-labhost-0_vagrant_box_image_"]
+    assert removed == [
+        "orchestrator/labhost-0",
+        "orchestrator-VAGRANTSLASH-labhost-",
+        "orchestrator-VAGRANTSLASH-labhost-1",
+    ]
+
+
+def test_copies_that_disks_lie_on_stay_in_libvirts_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libvirtd, "connect", lambda: libvirt.open("test:///default"))
+    with contextlib.closing(libvirt.open("test:///default")) as conn:  # what is made lives as long as this
+        pool = conn.storagePoolLookupByName("default-pool")
+
+        def make(name: str, below: libvirt.virStorageVol | None = None) -> libvirt.virStorageVol:
+            backing = f"<backingStore><path>{below.path()}</path></backingStore>" if below else ""
+            return pool.createXML(f"<volume><name>{name}</name><capacity>4096</capacity>{backing}</volume>")
+
+        make("machine", make("box-used"))
+        make("box-unused")
+        make("box-kept")
+
+        libvirtd.remove_volumes("box-", keep=["box-k"])
+
+        assert sorted(volume.name() for volume in pool.listAllVolumes()) == ["box-kept", "box-used", "machine"]
