@@ -81,7 +81,7 @@ class Executor:
     def _client(self, host: str) -> Client:
         with self._lock_of(f"host {host}"):
             if host not in self._clients:
-                self._clients[host] = client(self._transports[host])
+                self._clients[host] = self._transports[host].agent()
             return self._clients[host]
 
     def _forget(self, host: str) -> None:

@@ -19,6 +19,7 @@ from orchestrator import __version__, paths
 from orchestrator.guests.domain import Identity
 from orchestrator.guests.service import GuestService
 from orchestrator.hosts import accel, inventory
+from orchestrator.hosts.installed import installed_digest
 from orchestrator.hosts.rpc import Call, Server
 from orchestrator.images.service import ImageService
 from orchestrator.switch.service import NetworkService
@@ -70,6 +71,7 @@ class HostService:
     def hello(self, call: Call) -> dict[str, Any]:
         return {
             "version": __version__,
+            "toolkit": installed_digest(),
             "lab": self._identity.lab,
             "uid": self._identity.uid,
             "host": self._identity.host,

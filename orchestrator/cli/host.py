@@ -25,7 +25,7 @@ from orchestrator.cli.session import (
     transports,
 )
 from orchestrator.errors import HostError, OrchestratorError, StateError, TakenError, printable
-from orchestrator.hosts.transport import Transport, client
+from orchestrator.hosts.transport import Transport
 from orchestrator.spec.resolved import ResolvedHost
 
 app = typer.Typer(help="Show what the hosts of a lab are and can do, and prepare them.", no_args_is_help=True)
@@ -76,8 +76,8 @@ def _look(transport: Transport) -> dict[str, Any]:
             return found | {"state": state, "problem": "; ".join(seen.problems) or None}
         if not seen.agent:
             transport.start_agent()
-        with client(transport) as agent:
-            return found | {"guests": len(agent.call("guest.facts")), **agent.call("host.facts")}
+        agent = transport.agent()
+        return found | {"guests": len(agent.call("guest.facts")), **agent.call("host.facts")}
     except (TakenError, StateError):
         raise
     except OrchestratorError as error:

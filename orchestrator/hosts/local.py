@@ -30,7 +30,7 @@ from orchestrator.errors import StateError, TakenError
 from orchestrator.hosts import agentproc
 from orchestrator.hosts.agentproc import AgentPlace
 from orchestrator.hosts.rpc import Progress, Stream
-from orchestrator.hosts.transport import HostFacts
+from orchestrator.hosts.transport import HostFacts, SharedAgent
 from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
 
 NETNS_DIR = Path("/run/netns")
@@ -59,7 +59,7 @@ def _inside(namespace: str) -> Iterator[IPRoute]:
         yield ip
 
 
-class LocalTransport:
+class LocalTransport(SharedAgent):
     """A network namespace of this machine, with an agent and an embedded libvirt of its own."""
 
     shares_files = True
@@ -332,9 +332,6 @@ class LocalTransport:
 
     def stream(self) -> Stream:
         return agentproc.connect(self.place)
-
-    def close(self) -> None:
-        pass
 
 
 def _need_root() -> None:

@@ -285,6 +285,11 @@ class Client:
         self._reader: threading.Thread | None = None
         self._ended = False
 
+    @property
+    def ended(self) -> bool:
+        """The agent, or the way to it, has gone."""
+        return self._ended
+
     def __enter__(self) -> Client:
         return self
 

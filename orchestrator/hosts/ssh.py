@@ -27,7 +27,7 @@ from orchestrator.errors import HostError, HostKeyError, HostLostError
 from orchestrator.hosts.install import bundle, our_digest
 from orchestrator.hosts.model import SshHost
 from orchestrator.hosts.rpc import Progress, Stream
-from orchestrator.hosts.transport import HostFacts
+from orchestrator.hosts.transport import HostFacts, SharedAgent
 from orchestrator.patience import scaled
 from orchestrator.run import tail_of
 from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
@@ -215,7 +215,7 @@ class Connection:
         self._client = self._jump = None
 
 
-class SshTransport:
+class SshTransport(SharedAgent):
     """A machine reached by SSH, with an agent of this lab."""
 
     shares_files = False
@@ -290,6 +290,10 @@ class SshTransport:
         return None
 
     def facts(self) -> HostFacts:
+        self.check()
+        with contextlib.suppress(HostLostError):  # an agent that runs our toolkit is all that there need be
+            if not self._difference(self.agent().call("host.hello")):
+                return HostFacts(present=True, agent=True)
         there = self._there()
         problems = [text for text in [self._difference(there)] if text]
         if there is None:
@@ -381,4 +385,5 @@ class SshTransport:
         return self.connection.channel(self._python("orchestrator.agent.connect", self.lab.uid, self.host.name))
 
     def close(self) -> None:
+        super().close()
         self.connection.close()

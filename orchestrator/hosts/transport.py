@@ -73,9 +73,31 @@ class Transport(Protocol):
         :raise HostError: there is no agent, or the host does not answer.
         """
 
+    def agent(self) -> Client:
+        """The connection to the agent that all calls of a command may share; a new one where that has ended.
+
+        :raise HostError: there is no agent, or the host does not answer.
+        """
+
     def close(self) -> None: ...
 
 
 def client(transport: Transport) -> Client:
     """A new connection to the host's agent."""
     return Client(transport.stream(), transport.host.name)
+
+
+class SharedAgent(Transport, Protocol):
+    """The connection of :meth:`Transport.agent`, for transports to inherit."""
+
+    _agent: Client | None = None
+
+    def agent(self) -> Client:
+        if self._agent is None or self._agent.ended:
+            self._agent = client(self)
+        return self._agent
+
+    def close(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None

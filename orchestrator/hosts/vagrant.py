@@ -28,7 +28,7 @@ from orchestrator import names, paths, sshkeys
 from orchestrator.errors import CancelledError, HostError, HostKeyError, HostLostError, StateError, TakenError
 from orchestrator.hosts import accel, libvirtd, machines, machinesnapshots, provision, roles, underlay
 from orchestrator.hosts.model import SshHost, VagrantHost
-from orchestrator.hosts.rpc import Progress, Stream
+from orchestrator.hosts.rpc import Client, Progress, Stream
 from orchestrator.hosts.ssh import SshTransport
 from orchestrator.hosts.transport import HostFacts
 from orchestrator.hosts.vagrantcli import BOOT_SECONDS, OUR_BOXES, Project
@@ -428,6 +428,9 @@ class VagrantTransport:
 
     def stream(self) -> Stream:
         return self._inner().stream()
+
+    def agent(self) -> Client:
+        return self._inner().agent()
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 

@@ -43,11 +43,11 @@ class Recipe:
 
 
 def tree_digest(*places: Path, extra: str = "") -> str:
-    """SHA-256 over the names and contents of files, and of all files below folders."""
+    """SHA-256 over the names and contents of files, and of all files below folders but what Python compiled there."""
     total = hashlib.sha256(extra.encode())
     for place in places:
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if path.is_file():
+            if path.is_file() and "__pycache__" not in path.parts:
                 total.update(f"\0{path.relative_to(place)}\0".encode())
                 total.update(path.read_bytes())
     return total.hexdigest()

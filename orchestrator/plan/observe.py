@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from orchestrator.errors import OrchestratorError, StateError, TakenError
 from orchestrator.guests.domain import GuestFacts
-from orchestrator.hosts.transport import HostFacts, Transport, client
+from orchestrator.hosts.transport import HostFacts, Transport
 from orchestrator.images import labhost, store
 from orchestrator.plan.operations import ObservedHost, ObservedLab
 from orchestrator.spec.resolved import ResolvedLab
@@ -54,15 +54,15 @@ def observe_host(transport: Transport, holder: Tell | None, *, leaving: bool = F
         if not facts.agent:
             transport.start_agent()
             facts = replace(facts, agent=True)
-        with client(transport) as agent:
-            if holder:
-                agent.call("guest.settle")
-            return ObservedHost(
-                facts=facts,
-                networks=tuple(NetworkFacts.from_json(data) for data in agent.call("network.facts")),
-                guests=tuple(GuestFacts.from_json(data) for data in agent.call("guest.facts")),
-                migrates=agent.call("migration.able"),
-            )
+        agent = transport.agent()
+        if holder:
+            agent.call("guest.settle")
+        return ObservedHost(
+            facts=facts,
+            networks=tuple(NetworkFacts.from_json(data) for data in agent.call("network.facts")),
+            guests=tuple(GuestFacts.from_json(data) for data in agent.call("guest.facts")),
+            migrates=agent.call("migration.able"),
+        )
     except (TakenError, StateError):
         raise
     except OrchestratorError as error:

@@ -26,7 +26,7 @@ from typing import Any
 from orchestrator.errors import CancelledError, GuestError, HostError, HostLostError, NetworkError, StateError
 from orchestrator.guests.domain import GuestFacts, GuestImage
 from orchestrator.hosts.rpc import Call, Progress, Server, Stream
-from orchestrator.hosts.transport import HostFacts
+from orchestrator.hosts.transport import HostFacts, SharedAgent
 from orchestrator.plan.operations import MIGRATE, ObservedHost, ObservedLab, Operation
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab, ResolvedNetwork, ResolvedNic
 from orchestrator.switch import control as switch
@@ -357,7 +357,7 @@ class MemoryHost:
         stream.recv(1)
 
 
-class MemoryTransport:
+class MemoryTransport(SharedAgent):
     """A :class:`~orchestrator.hosts.transport.Transport` to a host in memory."""
 
     shares_files = True
@@ -409,9 +409,6 @@ class MemoryTransport:
             target=server.serve_stream, args=(theirs,), name=f"memory {self.host.name}", daemon=True
         ).start()
         return ours
-
-    def close(self) -> None:
-        pass
 
 
 class MemoryLab:

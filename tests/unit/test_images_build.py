@@ -176,6 +176,9 @@ def test_a_recipe_changes_with_every_file_that_goes_in(tmp_path: Path) -> None:
     (tmp_path / "etc/rc").write_text("a")
     first = tree_digest(tmp_path)
     assert tree_digest(tmp_path) == first
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__/plugin.pyc").write_bytes(b"")
+    assert tree_digest(tmp_path) == first
     assert tree_digest(tmp_path, extra="trixie") != first
     (tmp_path / "etc/rc").rename(tmp_path / "etc/rc2")
     assert tree_digest(tmp_path) != first

@@ -6,16 +6,20 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import paramiko
 import pytest
 
 from orchestrator import __version__
-from orchestrator.errors import HostError
+from orchestrator.errors import HostError, HostLostError
 from orchestrator.hosts import ssh
 from orchestrator.hosts.model import SshHost
+from orchestrator.hosts.rpc import Server
 from orchestrator.hosts.ssh import Connection, SshTransport
 from tests.unit.labs import resolved
 
@@ -33,6 +37,8 @@ class Far(Connection):
         self.answers: dict[str, Answer] = {"mktemp": (0, b"/tmp/x\n", b""), ssh.PYTHON: (0, b"3.13\n", b"")}
         self.said: list[str] = []
         self.files: list[str] = []
+        self.agent: Server | None = None
+        self.streams = 0
 
     def run(self, command: str, seconds: float = 0) -> Answer:
         self.said.append(command)
@@ -45,6 +51,17 @@ class Far(Connection):
 
     def put(self, file: Path, target: str) -> None:
         self.files.append(target)
+
+    def client(self) -> paramiko.SSHClient:
+        return paramiko.SSHClient()
+
+    def channel(self, command: str) -> Any:
+        if self.agent is None:
+            raise HostLostError("no agent answers")
+        self.streams += 1
+        ours, theirs = socket.socketpair()
+        threading.Thread(target=self.agent.serve_stream, args=(theirs,), daemon=True).start()
+        return ours
 
 
 def there(**fields: Any) -> dict[str, Any]:
@@ -88,6 +105,21 @@ def test_host_as_it_should_be_has_no_problems(make: Make) -> None:
     facts = make(there())[0].facts()
 
     assert (facts.present, facts.agent, facts.problems) == (True, True, ())
+
+
+@pytest.mark.parametrize(("toolkit", "asked"), [("ours", False), ("theirs", True)])
+def test_agent_that_runs_our_toolkit_is_enough(make: Make, toolkit: str, asked: bool) -> None:
+    transport, far = make(there())
+    far.agent = Server()
+    far.agent.register("host.hello", lambda call: {"version": __version__, "toolkit": toolkit})
+
+    first, second = transport.facts(), transport.facts()
+    transport.close()
+
+    assert first == second
+    assert (first.present, first.agent, first.problems) == (True, True, ())
+    assert any(" facts " in command for command in far.said) is asked
+    assert far.streams == 1
 
 
 @pytest.mark.parametrize(
