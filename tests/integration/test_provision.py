@@ -161,8 +161,8 @@ def far(make_sandbox: Callable[[], Sandbox], proxy: str) -> Iterator[Far]:
             "guests: {ann: {host: bare, memory: 192M, nics: [lan]}}\n",
             "far.yaml",
         )
-        for name in ADDRESSES:
-            made.wait_for(name, "echo up", "up\n".__eq__)
+        for name in ADDRESSES:  # to the end: cloud-init starts their SSH servers anew
+            made.wait_for(name, "systemctl is-system-running --wait", lambda answer: answer.strip() != "")
         made.traces = made.ssh("bare", TRACES)
         made.use_proxy("bare", proxy)
         made.use_proxy("poor", f"http://{PROXY}:9")  # nobody is there
