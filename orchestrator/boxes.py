@@ -131,10 +131,11 @@ def prune(keep: set[str]) -> list[Box]:
             with contextlib.suppress(FileNotFoundError):  # somebody else prunes, too
                 store.remove(images[box.image])
     with libvirtd.session():
-        libvirtd.remove_volumes(_volume(f"{OUR_BOXES}{labhost.NAME}-"), keep=[_volume(name) for name in keep])
+        ours = f"{OUR_BOXES}{labhost.NAME}-"
+        libvirtd.remove_volumes(_in_storage(ours), keep=[f"{_in_storage(name)}_vagrant_box_image_" for name in keep])
     return removed
 
 
-def _volume(box: str) -> str:
-    """How the names of a box's copies in libvirt's storage begin: vagrant-libvirt's ``box_image.rb``."""
-    return box.replace("/", "-VAGRANTSLASH-")
+def _in_storage(name: str) -> str:
+    """How vagrant-libvirt spells a box's name, or the beginning of one, in libvirt's storage."""
+    return name.replace("/", "-VAGRANTSLASH-")

@@ -73,6 +73,11 @@ def make_dir(path: Path, mode: int = 0o755) -> Path:
     return path
 
 
+def sources(folder: Path) -> list[Path]:
+    """Every file below ``folder`` but what Python compiled there, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
 def write_atomic(path: Path, data: str | bytes, mode: int = 0o644) -> None:
     """Replace ``path`` in one step: a reader sees the old content or the new, never a part."""
     import tempfile  # here: what emulated hosts run for each command should load little

@@ -58,9 +58,7 @@ def _digest(checkout: Path) -> str:
     """Of everything that goes into a bundle. A command stays with what it found first."""
     files = [checkout / "pyproject.toml", checkout / LOCK]
     for folder in SOURCES:
-        files += sorted(
-            path for path in (checkout / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts
-        )
+        files += paths.sources(checkout / folder)
     return names.digest(*(f"{path.relative_to(checkout)}\0{path.read_bytes().hex()}" for path in files), length=12)
 
 

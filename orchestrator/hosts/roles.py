@@ -16,5 +16,5 @@ MARK = PurePosixPath("/etc/orchestrator/provisioned")
 @functools.cache
 def digest() -> str:
     """Of the playbooks and their roles: a machine with this mark need not be provisioned again."""
-    files = sorted(path for path in paths.ansible().rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = paths.sources(paths.ansible())
     return names.digest(*(f"{path.relative_to(paths.ansible())}\0{path.read_text()}" for path in files), length=12)

@@ -287,7 +287,7 @@ class Client:
 
     @property
     def ended(self) -> bool:
-        """The agent, or the way to it, has gone."""
+        """The agent, or the way to it, has gone, or this was closed."""
         return self._ended
 
     def __enter__(self) -> Client:
@@ -297,6 +297,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        self._ended = True
         with contextlib.suppress(OSError):
             if isinstance(self._stream, socket.socket):
                 self._stream.shutdown(socket.SHUT_RDWR)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator import paths
+
 Progress = Callable[[str], None]
 
 
@@ -46,8 +48,7 @@ def tree_digest(*places: Path, extra: str = "") -> str:
     """SHA-256 over the names and contents of files, and of all files below folders but what Python compiled there."""
     total = hashlib.sha256(extra.encode())
     for place in places:
-        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if path.is_file() and "__pycache__" not in path.parts:
-                total.update(f"\0{path.relative_to(place)}\0".encode())
-                total.update(path.read_bytes())
+        for path in paths.sources(place) if place.is_dir() else [place]:
+            total.update(f"\0{path.relative_to(place)}\0".encode())
+            total.update(path.read_bytes())
     return total.hexdigest()

@@ -75,7 +75,7 @@ def test_boxes_are_joined_with_their_images_and_pruned(
     assert removed == [
         "orchestrator/labhost-0",
         "orchestrator-VAGRANTSLASH-labhost-",
-        "orchestrator-VAGRANTSLASH-labhost-1",
+        "orchestrator-VAGRANTSLASH-labhost-1_vagrant_box_image_",
     ]
 
 

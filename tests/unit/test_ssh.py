@@ -114,12 +114,15 @@ def test_agent_that_runs_our_toolkit_is_enough(make: Make, toolkit: str, asked: 
     far.agent.register("host.hello", lambda call: {"version": __version__, "toolkit": toolkit})
 
     first, second = transport.facts(), transport.facts()
-    transport.close()
+    agent = transport.agent()
+    agent.close()
 
+    assert transport.agent() is not agent
     assert first == second
     assert (first.present, first.agent, first.problems) == (True, True, ())
     assert any(" facts " in command for command in far.said) is asked
-    assert far.streams == 1
+    assert far.streams == 2
+    transport.close()
 
 
 @pytest.mark.parametrize(
