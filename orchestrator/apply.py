@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Executor:
-    """Carries out the operations of one lab. Connections to agents are made when first needed, and shared.
+    """Carries out the operations of one lab.
 
     :param bandwidth: MiB/s that a guest which moves may take; 0: no limit.
     """
@@ -64,30 +64,17 @@ class Executor:
         self._transports = transports
         self._keys = keys
         self._bandwidth = bandwidth
-        self._clients: dict[str, Client] = {}
         self._images: dict[tuple[str, str], GuestImage] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-
-    def close(self) -> None:
-        for connection in self._clients.values():
-            connection.close()
-        self._clients.clear()
 
     def _lock_of(self, name: str) -> threading.Lock:
         with self._lock:
             return self._locks.setdefault(name, threading.Lock())
 
-    def _client(self, host: str) -> Client:
-        with self._lock_of(f"host {host}"):
-            if host not in self._clients:
-                self._clients[host] = self._transports[host].agent()
-            return self._clients[host]
-
-    def _forget(self, host: str) -> None:
-        with self._lock_of(f"host {host}"):
-            if connection := self._clients.pop(host, None):
-                connection.close()
+    def _agent(self, host: str) -> Client:
+        with self._lock_of(f"agent of {host}"):
+            return self._transports[host].agent()
 
     def call(
         self,
@@ -97,7 +84,7 @@ class Executor:
         progress: Callable[[str], None] = lambda _: None,
         cancel: threading.Event | None = None,
     ) -> Any:
-        return self._client(host).call(method, params, progress=progress, cancel=cancel)
+        return self._agent(host).call(method, params, progress=progress, cancel=cancel)
 
     def image(self, name: str, host: str, progress: Callable[[str], None]) -> GuestImage:
         """The image's files on ``host``; copied there if the host does not see ours."""
@@ -110,7 +97,7 @@ class Executor:
     def _bring(self, image: Image, host: str, progress: Callable[[str], None]) -> GuestImage:
         transport = self._transports[host]
         if not transport.shares_files:
-            image = push(self._client(host), lambda: client(transport), image, progress)
+            image = push(self._agent(host), lambda: client(transport), image, progress)
         return GuestImage(
             id=image.id,
             kernel=str(image.kernel) if image.kernel else None,
@@ -147,7 +134,7 @@ class Executor:
         guest, target = str(operation.params["guest"]), str(operation.params["target"])
 
         def end(host: str) -> migration.End:
-            return migration.End(self._client(host), lambda: client(self._transports[host]))
+            return migration.End(self._agent(host), lambda: client(self._transports[host]))
 
         wanted = migration.Wanted(
             guest=guest,
@@ -166,15 +153,12 @@ class Executor:
         transport = self._transports.get(operation.host)
         if operation.method == "host.ensure":
             assert transport
-            self._forget(operation.host)  # its agent may be another one afterwards
             transport.ensure(progress, cancel)
         elif operation.method == "host.halt":
             assert transport
-            self._forget(operation.host)
             transport.halt(progress)
         elif operation.method == "host.remove":
             assert transport
-            self._forget(operation.host)
             transport.remove(progress)
         elif operation.method == "image.ensure":
             name = operation.params["name"]

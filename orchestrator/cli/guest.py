@@ -278,12 +278,9 @@ def _start_call(session: GuestSession, method: str, progress: Any, **params: Any
     wish = session.guest
     keys = [session.state.public_key()]
     executor = Executor(session.lab, {wish.host: session.transport}, keys)
-    try:
-        image = asdict(executor.image(wish.image, wish.host, progress))
-        data = {"guest": wish.model_dump(mode="json"), "image": image, "keys": keys, **params}
-        executor.call(wish.host, method, data, progress)
-    finally:
-        executor.close()
+    image = asdict(executor.image(wish.image, wish.host, progress))
+    data = {"guest": wish.model_dump(mode="json"), "image": image, "keys": keys, **params}
+    executor.call(wish.host, method, data, progress)
 
 
 def start(guest: GuestArgument, file: FileOption = None, lab: LabOption = None) -> None:

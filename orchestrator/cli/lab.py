@@ -158,13 +158,10 @@ def carry_out(
     done: Callable[[Operation], None] = lambda _: None,
 ) -> Outcome:
     """Carry a plan out, and show how it goes."""
-    try:
-        with Progress() as progress:
-            interrupts = _Interrupts(progress)
-            with interrupts.watching():
-                return apply(made, executor, progress, jobs=jobs, stop=interrupts.stop, done=done)
-    finally:
-        executor.close()
+    with Progress() as progress:
+        interrupts = _Interrupts(progress)
+        with interrupts.watching():
+            return apply(made, executor, progress, jobs=jobs, stop=interrupts.stop, done=done)
 
 
 def conclude(outcome: Outcome, made: Plan) -> None:

@@ -178,6 +178,7 @@ class LocalTransport(SharedAgent):
         self.start_agent()
 
     def start_agent(self) -> None:
+        self.forget_agent()
         agentproc.start(self.place, ["ip", "netns", "exec", self.namespace], ["--own-mounts"])
 
     def _ensure_namespace(self, namespace: str, name: str) -> None:
@@ -287,6 +288,7 @@ class LocalTransport(SharedAgent):
     def remove(self, progress: Progress) -> None:
         _need_root()
         progress("agent")
+        self.forget_agent()
         agentproc.stop(self.place)
         with IPRoute() as ip:
             index = _index(ip, self._uplink)

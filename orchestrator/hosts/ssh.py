@@ -325,6 +325,7 @@ class SshTransport(SharedAgent):
         self.start_agent()
 
     def start_agent(self) -> None:
+        self.forget_agent()
         self._act("start")
 
     def _install(self, there: dict[str, Any] | None, progress: Progress) -> None:
@@ -379,6 +380,7 @@ class SshTransport(SharedAgent):
 
     def remove(self, progress: Progress) -> None:
         progress("agent")
+        self.forget_agent()
         self._act("remove")
 
     def stream(self) -> Stream:

@@ -76,6 +76,8 @@ class Transport(Protocol):
     def agent(self) -> Client:
         """The connection to the agent that all calls of a command may share; a new one where that has ended.
 
+        Only one thread at a time may ask for it.
+
         :raise HostError: there is no agent, or the host does not answer.
         """
 
@@ -97,7 +99,11 @@ class SharedAgent(Transport, Protocol):
             self._agent = client(self)
         return self._agent
 
-    def close(self) -> None:
+    def forget_agent(self) -> None:
+        """Close the connection: the agent is another one from now on, or gone."""
         if self._agent is not None:
             self._agent.close()
             self._agent = None
+
+    def close(self) -> None:
+        self.forget_agent()

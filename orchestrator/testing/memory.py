@@ -379,6 +379,7 @@ class MemoryTransport(SharedAgent):
         self._answers()
         progress("in memory")
         if self.memory.facts.restart:
+            self.forget_agent()
             for stream in self.memory.streams:
                 with contextlib.suppress(OSError):  # closed already
                     stream.shutdown(socket.SHUT_RDWR)

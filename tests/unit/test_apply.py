@@ -453,13 +453,13 @@ class Run:
     def __init__(self) -> None:
         self.lab = demo()
         self.memory = MemoryLab()
-        self.executors: list[Executor] = []
+        self.transports: list[MemoryTransport] = []
 
     def executor(self, lab: ResolvedLab | None = None) -> Executor:
         lab = lab or self.lab
         hosts = {name: self.memory.transport(lab, name) for name in lab.hosts}
-        self.executors.append(Executor(lab, hosts, ["ssh-ed25519 AAAA"]))
-        return self.executors[-1]
+        self.transports += hosts.values()
+        return Executor(lab, hosts, ["ssh-ed25519 AAAA"])
 
     def up(self, stop: Callable[[], bool] = lambda: False) -> Outcome:
         plan = build(self.lab, self.memory.observe())
@@ -470,8 +470,8 @@ class Run:
 def run(images: list[str]) -> Iterator[Run]:
     made = Run()
     yield made
-    for executor in made.executors:
-        executor.close()
+    for transport in made.transports:
+        transport.close()
 
 
 def test_up_on_hosts_in_memory_makes_the_perfect_lab(run: Run, images: list[str]) -> None:
@@ -657,8 +657,8 @@ def pair(images: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         store, "find", lambda name, *_: store.ensure(name, None, base=Path(), progress=lambda _: None)
     )
     yield made
-    for executor in made.executors:
-        executor.close()
+    for transport in made.transports:
+        transport.close()
 
 
 def elsewhere(run: Run) -> ResolvedLab:
