@@ -35,13 +35,14 @@ def status(lab: ResolvedLab, observed: ObservedLab, plan: Plan) -> dict[str, Any
     for name, host in lab.hosts.items():
         seen = observed.hosts[name]
         state = "broken" if seen.facts.broken else "up" if seen.facts.present else "absent"
+        damage = "; ".join(seen.facts.problems) if seen.facts.broken else None
         hosts.append(
             {
                 "name": name,
                 "kind": host.spec.kind,
                 "underlay": host.underlay,
                 "state": "unreachable" if seen.problem else state,
-                "problem": seen.problem or ("; ".join(seen.facts.problems) if seen.facts.broken else None),
+                "problem": seen.problem.message if seen.problem else damage,
                 "guests": len(seen.guests),
                 "networks": [facts.to_json() for facts in seen.networks],
             }

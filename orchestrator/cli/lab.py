@@ -75,8 +75,8 @@ def show_plan(made: Plan) -> None:
         )
         for line in operation.detail:
             output.stdout.print(output.dim(f"             {line}"))
-    for host, problem in made.unreachable.items():
-        output.stdout.print(f"[red]! unreachable[/] host {escape(host)}: {escape(problem)}")
+    for problem in made.unreachable.values():
+        output.stdout.print(f"[red]! unreachable[/] {escape(problem.message)}")
 
 
 def plan(
@@ -175,8 +175,8 @@ def conclude(outcome: Outcome, made: Plan) -> None:
         dependents = [other.subject for other in outcome.skipped if operation.id in other.needs]
         if dependents:
             output.note(f"  not done because of this: {', '.join(dict.fromkeys(dependents))}")
-    for host, problem in made.unreachable.items():
-        output.error(HostError(f"host {host} was left out: {problem}", hint="the other hosts went on"))
+    for problem in made.unreachable.values():
+        output.error(problem)
     if outcome.cancelled:
         for operation in outcome.rolled_back:
             output.note(f"rolled back: {operation.subject}: {operation.summary}")
@@ -184,12 +184,16 @@ def conclude(outcome: Outcome, made: Plan) -> None:
     if outcome.failed:
         count = len(outcome.failed)
         raise PartialError(
-            f"{count} operation{'s' if count > 1 else ''} failed, {len(outcome.done)} done, "
+            f"{output.counted(count, 'operation')} failed, {len(outcome.done)} done, "
             f"{len(outcome.skipped)} not tried",
             hint="mend the cause and run the command again: it does only what is missing",
         )
     if made.unreachable:
-        raise HostError(f"{len(made.unreachable)} host(s) did not answer: {', '.join(made.unreachable)}")
+        silent = list(made.unreachable)
+        raise HostError(
+            f"{output.counted(len(silent), 'host')} did not answer: {', '.join(silent)}",
+            hint="all the others are done; when the cause is mended, run the command again",
+        )
 
 
 def _say_without_kvm(outcome: Outcome) -> None:
@@ -234,7 +238,8 @@ def up(
         _say_without_kvm(outcome)
         conclude(outcome, made)
     output.note(
-        f"lab {lab.lab} is up: {len(lab.guests)} guests on {len(lab.hosts)} hosts ({time.monotonic() - began:.1f} s)"
+        f"lab {lab.lab} is up: {output.counted(len(lab.guests), 'guest')} on {output.counted(len(lab.hosts), 'host')} "
+        f"({time.monotonic() - began:.1f} s)"
     )
 
 

@@ -25,7 +25,7 @@ from orchestrator.cli.session import (
     look,
     transports,
 )
-from orchestrator.errors import HostError, StateError
+from orchestrator.errors import StateError
 from orchestrator.hosts.transport import Transport
 from orchestrator.plan.build import build
 from orchestrator.plan.moves import hindrance, whereabouts
@@ -91,17 +91,17 @@ def _check_there(lab: ResolvedLab, observed: ObservedLab, guest: str) -> None:
     host, places = lab.guests[guest].host, whereabouts(observed)
     problems = {name: seen.problem for name, seen in observed.hosts.items() if seen.problem}
     if host in problems:
-        raise HostError(f"host {host}: {problems[host]}")
+        raise problems[host]
+    unseen = "; ".join(problem.message for problem in problems.values())
     if any(facts.name == guest for facts in places.unclear):
         raise StateError(
             f"guest {guest}: an earlier move was cut short, and its hosts cannot both be asked now: "
-            f"{'; '.join(f'{name}: {problem}' for name, problem in problems.items()) or 'they are still at it'}",
+            f"{unseen or 'they are still at it'}",
             hint="bring them back, then try again",
         )
     facts = next((facts for facts in places.there if facts.name == guest), None)
     if facts is None:
-        where = "; ".join(f"host {name}: {problem}" for name, problem in problems.items())
-        raise StateError(f"guest {guest} is nowhere{': ' + where if where else ''}", hint="orchestrator up")
+        raise StateError(f"guest {guest} is nowhere{': ' + unseen if unseen else ''}", hint="orchestrator up")
     if facts.host != host:
         raise StateError(
             f"guest {guest} cannot move as it runs: {hindrance(lab, observed, facts) or 'it is on both hosts'}",

@@ -79,6 +79,10 @@ def note(text: str) -> None:
     stderr.print(escape(text))
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def error(failure: OrchestratorError) -> None:
     """An error with all that it carries. Never suppressed by ``--quiet``."""
     was_quiet, stderr.quiet = stderr.quiet, False

@@ -126,10 +126,10 @@ def status(
             data = _status(lab)[1]
     else:
         output.stdout.print(_tables(lab, data))
-    problems = {name: host.problem for name, host in observed.hosts.items() if host.problem}
+    problems = [host.problem for host in observed.hosts.values() if host.problem]
     if output_format is not Format.TABLE:  # which shows them
-        for name, problem in problems.items():
-            output.note(f"host {name} is unreachable: {problem}")
+        for problem in problems:
+            output.error(problem)
     if problems:
         raise typer.Exit(HostError.exit_code)
 

@@ -66,5 +66,9 @@ def observe_host(transport: Transport, holder: Tell | None, *, leaving: bool = F
     except (TakenError, StateError):
         raise
     except OrchestratorError as error:
-        why = f"{'; '.join(facts.problems)}; `orchestrator up` mends that ({error})" if facts.outdated else str(error)
-        return ObservedHost(problem=why)
+        name = f"host {transport.host.name}: "
+        why = error.message.removeprefix(name)
+        error.message = name + (
+            f"{'; '.join(facts.problems)}; `orchestrator up` mends that ({why})" if facts.outdated else why
+        )
+        return ObservedHost(problem=error)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.guests.domain import GuestFacts
 from orchestrator.hosts.transport import HostFacts
 from orchestrator.switch.membership import NetworkFacts
@@ -76,13 +77,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class ObservedHost:
-    """Everything observed of one host. ``problem`` is set where it did not answer; ``migrates`` says whether it can
-    send and receive guests as they run, and is None where nobody could be asked yet."""
+    """Everything observed of one host. ``problem``, which names the host, is set where it did not answer;
+    ``migrates`` says whether it can send and receive guests as they run, and is None where nobody could be asked
+    yet."""
 
     facts: HostFacts = field(default_factory=HostFacts)
     networks: tuple[NetworkFacts, ...] = ()
     guests: tuple[GuestFacts, ...] = ()
-    problem: str | None = None
+    problem: OrchestratorError | None = None
     migrates: bool | None = None
 
 
@@ -103,7 +105,7 @@ class Plan:
     """Operations in an order that respects their needs, and the hosts that could not be asked."""
 
     operations: tuple[Operation, ...]
-    unreachable: Mapping[str, str] = field(default_factory=dict)
+    unreachable: Mapping[str, OrchestratorError] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.operations)
@@ -133,5 +135,5 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {
             "operations": [operation.to_json() for operation in self.operations],
-            "unreachable": dict(self.unreachable),
+            "unreachable": {host: error.message for host, error in self.unreachable.items()},
         }

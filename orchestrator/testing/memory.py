@@ -122,7 +122,7 @@ class MemoryHost:
     def __init__(self, name: str, observed: ObservedHost | None = None) -> None:
         observed = copy.deepcopy(observed or ObservedHost())
         self.name = name
-        self.problem = observed.problem
+        self.problem = observed.problem.message if observed.problem else None
         self.facts = observed.facts
         self.networks = {facts.name: facts for facts in observed.networks}
         self.guests = {facts.name: facts for facts in observed.guests}
@@ -134,7 +134,7 @@ class MemoryHost:
 
     def observed(self) -> ObservedHost:
         if self.problem:
-            return ObservedHost(problem=self.problem)
+            return ObservedHost(problem=HostError(f"host {self.name}: {self.problem}"))
         return copy.deepcopy(
             ObservedHost(
                 self.facts,

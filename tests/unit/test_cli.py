@@ -424,11 +424,11 @@ def test_unreachable_host_ends_with_4_and_the_others_go_on(cli: Cli, memory: Mem
 
     shown = cli("up", status=4)
 
-    assert "host alpha was left out: no route to host" in shown.err
+    assert "error: host alpha: no route to host" in shown.err
     assert guests(memory) == {"beta": ["dan", "eve"]}
     assert "! unreachable host alpha: no route to host" in cli("plan", status=4).out
     assert "no route to host" in cli("status", status=4).out
-    assert "host alpha is unreachable: no route to host" in cli("status", "-o", "json", status=4).err
+    assert "error: host alpha: no route to host" in cli("status", "-o", "json", status=4).err
 
 
 def test_locked_lab_ends_with_5(cli: Cli, memory: MemoryLab) -> None:
@@ -928,7 +928,7 @@ def test_move_that_was_cut_short_is_left_alone_while_its_source_does_not_answer(
     refused = cli("migrate", "web", "two", status=1)
 
     assert far.host("two").guests["web"].arriving_from == "one"
-    assert "cannot both be asked now: one: no route to host" in refused.err
+    assert "cannot both be asked now: host one: no route to host" in refused.err
 
 
 def test_status_tells_a_guest_from_the_copy_of_a_move_that_was_cut_short(cli: Cli, far: MemoryLab) -> None:

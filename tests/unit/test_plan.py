@@ -29,6 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from orchestrator.errors import HostError
 from orchestrator.guests.migrationservice import MigrationService
 from orchestrator.guests.service import GuestService
 from orchestrator.plan.build import build, build_removal
@@ -156,7 +157,7 @@ class Damage:
         self.hosts[name] = ObservedHost()
 
     def unreachable(self, name: str) -> None:
-        self.hosts[name] = ObservedHost(problem="no route to host")
+        self.hosts[name] = ObservedHost(problem=HostError("no route to host"))
 
     def image(self, changes: dict[str, str | None]) -> None:
         """``{tiny: null}``: ids of images in the cache; null: not there."""
@@ -224,7 +225,7 @@ def test_plan_of_data_file(case: dict[str, Any], tmp_path: Path) -> None:
     needs = {operation.id: list(operation.needs) for operation in plan.operations}
     for operation, wanted in case.get("needs", {}).items():
         assert needs[operation] == wanted
-    assert dict(plan.unreachable) == case.get("unreachable", {})
+    assert plan.to_json()["unreachable"] == case.get("unreachable", {})
 
 
 # -- what holds for every plan ---------------------------------------------------------------------------------------
@@ -399,12 +400,12 @@ def test_plan_for_a_lost_tap_and_a_new_nic_restarts_the_guest(tmp_path: Path) ->
 
 def test_plan_for_an_unreachable_host_has_nothing_for_it() -> None:
     lab = demo()
-    observed = ObservedLab({"alpha": ObservedHost(problem="no answer"), "beta": ObservedHost()})
+    observed = ObservedLab({"alpha": ObservedHost(problem=HostError("no answer")), "beta": ObservedHost()})
 
     plan = build(lab, observed)
 
     assert {operation.host for operation in plan.operations} == {"beta", ""}
-    assert plan.unreachable == {"alpha": "no answer"}
+    assert plan.to_json()["unreachable"] == {"alpha": "no answer"}
 
 
 # -- operations fit the calls of the agent ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.errors import HostError
 from orchestrator.hosts.transport import HostFacts
 from orchestrator.plan import power
 from orchestrator.plan.build import build, build_removal
@@ -98,12 +99,12 @@ def test_halt_shuts_guests_down_and_only_our_machines_off() -> None:
 def test_halt_leaves_out_a_host_that_does_not_answer() -> None:
     wished = lab()
     observed = perfect(wished)
-    silent = replace(observed, hosts={**observed.hosts, "beta": ObservedHost(problem="no answer")})
+    silent = replace(observed, hosts={**observed.hosts, "beta": ObservedHost(problem=HostError("no answer"))})
 
     plan = power.halt(wished, silent)
 
     assert lines(plan) == ["restart guest ann alpha: shut down"]
-    assert plan.unreachable == {"beta": "no answer"}
+    assert plan.to_json()["unreachable"] == {"beta": "no answer"}
 
 
 def test_host_that_goes_with_all_that_is_on_it_is_not_asked_and_only_removed() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import CommandError
+from orchestrator.errors import CommandError, HostError
 from orchestrator.hosts.opening import reached_by_ssh
 from orchestrator.hosts.transport import HostFacts
 from orchestrator.plan.build import build
@@ -113,7 +113,8 @@ def test_status_tells_what_is_absent(lab: ResolvedLab) -> None:
 
 
 def test_status_tells_what_cannot_be_known(lab: ResolvedLab) -> None:
-    data = status_of(lab, ObservedLab({**perfect(lab).hosts, "beta": ObservedHost(problem="no route to host")}))
+    silent = ObservedHost(problem=HostError("no route to host"))
+    data = status_of(lab, ObservedLab({**perfect(lab).hosts, "beta": silent}))
 
     assert [(host["state"], host["problem"]) for host in data["hosts"]] == [
         ("up", None),
