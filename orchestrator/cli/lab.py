@@ -238,7 +238,8 @@ def up(
         _say_without_kvm(outcome)
         conclude(outcome, made)
     output.note(
-        f"lab {lab.lab} is up: {output.counted(len(lab.guests), 'guest')} on {output.counted(len(lab.hosts), 'host')} "
+        f"lab {lab.lab} is up: "
+        f"{output.counted(len(lab.guests), 'guest')} on {output.counted(len(lab.hosts), 'host')} "
         f"({time.monotonic() - began:.1f} s)"
     )
 

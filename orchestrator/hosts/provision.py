@@ -291,9 +291,11 @@ def _failure(host: str, task: str, result: Mapping[str, Any], spec: SshHost) -> 
         str(result[key]) for key in ("msg", "module_stderr", "stderr", "module_stdout", "stdout") if key in result
     ]
     lines = [line.rstrip() for text in said for line in text.splitlines() if line.strip()]
+    command = result.get("cmd")
     hint = next((hint for pattern, hint in _HINTS if re.search(pattern, "\n".join(lines))), _AGAIN)
     return HostError(
         f"host {host}: {task}: {lines[0] if lines else 'failed without a word'}",
         hint=hint.format(user=spec.user),
+        command=shlex.join(map(str, command)) if isinstance(command, list) else command,
         tail=lines[1:][-TAIL_LINES:],
     )

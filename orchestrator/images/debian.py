@@ -20,7 +20,7 @@ from orchestrator.run import run
 
 PACKAGES = (
     *("systemd-sysv", "udev", "dbus", "kmod", "openssh-server", "cloud-init", "qemu-guest-agent"),
-    *("iproute2", "iputils-ping", "procps", "e2fsprogs", "less"),
+    *("iproute2", "iputils-ping", "procps", "e2fsprogs", "less", "sudo"),
 )
 
 SIZE = "4G"  # of the disk; what is empty takes no room
