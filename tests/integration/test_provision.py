@@ -161,8 +161,8 @@ def far(make_sandbox: Callable[[], Sandbox], proxy: str) -> Iterator[Far]:
         keys = {address: sandbox.exec(name, "cat", public) for name, address in ADDRESSES.items()}
         known = sandbox.file("".join(f"{address} {key}" for address, key in keys.items()), "known")
         hosts = "".join(
-            f"  {name}: {{kind: ssh, address: {address}, user: {USERS[name]}, key: {sandbox.folder}/state/labs/metal/ssh_key, "
-            f"known_hosts: {known}}}\n"
+            f"  {name}: {{kind: ssh, address: {address}, user: {USERS[name]}, "
+            f"key: {sandbox.folder}/state/labs/metal/ssh_key, known_hosts: {known}}}\n"
             for name, address in ADDRESSES.items()
         )
         sandbox.file(

@@ -76,7 +76,8 @@ def test_dry_run_says_what_a_task_would_change() -> None:
 
 
 def test_failure_names_task_and_reason_and_leaves_the_other_host_alone() -> None:
-    heard = Heard(event("a", "x : Load", "failed", msg="non-zero return code", stderr="modprobe: no\nsuch", cmd=["modprobe", "x y"]))
+    said = {"msg": "non-zero return code", "stderr": "modprobe: no\nsuch", "cmd": ["modprobe", "x y"]}
+    heard = Heard(event("a", "x : Load", "failed", **said))
 
     assert heard.error().message == "host a: Load: non-zero return code"
     assert heard.error().tail == ("modprobe: no", "such")
