@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from rich.console import Group, RenderableType
@@ -21,11 +22,52 @@ from orchestrator.errors import CancelledError, OrchestratorError
 from orchestrator.plan.operations import Operation
 
 REMIND_SECONDS = 10.0
+QUIET_SECONDS = 60.0
+"""After which a line says again what it said before."""
 
 
 def _name(operation: Operation) -> str:
     where = f" on {operation.host}" if operation.host and operation.subject != f"host {operation.host}" else ""
     return f"{operation.subject}{where}: {operation.summary}"
+
+
+@dataclass
+class _Work:
+    """Something under way. ``text`` is what it does now, ``told`` what a line last said that it does."""
+
+    name: str
+    began: float = field(default_factory=time.monotonic)
+    text: str = ""
+    told: str = ""
+    reminded: float = field(default_factory=time.monotonic)
+
+    def reminder(self) -> str | None:
+        """A line, if it is time for one."""
+        now = time.monotonic()
+        if now - self.reminded < (REMIND_SECONDS if self.text != self.told else QUIET_SECONDS):
+            return None
+        self.reminded, self.told = now, self.text
+        return f"… {self.name}{': ' + self.text if self.text else ''} ({now - self.began:.0f} s)"
+
+
+@contextlib.contextmanager
+def _reminding(works: Callable[[], Iterable[_Work]]) -> Iterator[None]:
+    """Where nothing can be shown live, write a line about work that takes long."""
+    ended = threading.Event()
+
+    def remind() -> None:
+        while not ended.wait(1):
+            for line in [work.reminder() for work in works()]:
+                if line:
+                    output.note(line)
+
+    thread = threading.Thread(target=remind, name="reminder", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -35,16 +77,13 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
         with output.stderr.status(what) as line:
             yield lambda text: line.update(f"{what}: {text}")
         return
-    began = reminded = time.monotonic()
+    work = _Work(what)
 
     def note(text: str) -> None:
-        nonlocal reminded
-        now = time.monotonic()
-        if now - reminded > REMIND_SECONDS:
-            reminded = now
-            output.note(f"… {what}: {text} ({now - began:.0f} s)")
+        work.text = text
 
-    yield note
+    with _reminding(lambda: [work]):
+        yield note
 
 
 class Progress:
@@ -52,9 +91,9 @@ class Progress:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: dict[str, tuple[Operation, float, str]] = {}
-        self._reminded: dict[str, float] = {}
+        self._running: dict[str, _Work] = {}
         self._live: Live | None = None
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
         if output.stderr.is_terminal and not output.stderr.quiet:
@@ -62,12 +101,15 @@ class Progress:
                 console=output.stderr, get_renderable=self._render, refresh_per_second=8, transient=True
             )
             self._live.start()
+        else:
+            self._open.enter_context(_reminding(self._works))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.pause()
+        self._open.close()
 
     def pause(self) -> None:
         """Take the live lines away, so that something else can be shown."""
@@ -78,35 +120,28 @@ class Progress:
         if self._live:
             self._live.start()
 
-    def _render(self) -> RenderableType:
+    def _works(self) -> list[_Work]:
         with self._lock:
-            running = list(self._running.values())
+            return list(self._running.values())
+
+    def _render(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
-        for operation, began, text in running:
+        for work in self._works():
             grid.add_row(
                 Spinner("dots", style="cyan"),
-                escape(_name(operation)),
-                output.dim(f"{text} ({time.monotonic() - began:.0f} s)"),
+                escape(work.name),
+                output.dim(f"{work.text} ({time.monotonic() - work.began:.0f} s)"),
             )
         return Group(grid)
 
     def begin(self, operation: Operation) -> None:
         with self._lock:
-            self._running[operation.id] = (operation, time.monotonic(), "")
-            self._reminded[operation.id] = time.monotonic()
+            self._running[operation.id] = _Work(_name(operation))
 
     def progress(self, operation: Operation, text: str) -> None:
-        now = time.monotonic()
         with self._lock:
-            if operation.id not in self._running:
-                return
-            _, began, _ = self._running[operation.id]
-            self._running[operation.id] = (operation, began, text)
-            remind = self._live is None and now - self._reminded[operation.id] > REMIND_SECONDS
-            if remind:
-                self._reminded[operation.id] = now
-        if remind:
-            output.note(f"… {_name(operation)}: {text} ({now - began:.0f} s)")
+            if work := self._running.get(operation.id):
+                work.text = text
 
     def end(self, operation: Operation, seconds: float, error: OrchestratorError | None) -> None:
         with self._lock:
