@@ -153,8 +153,8 @@ class Executor:
         transport = self._transports.get(operation.host)
         if operation.method == "host.ensure":
             assert transport
-            transport.ensure(progress, cancel)
-        elif operation.method == "host.halt":
+            return transport.ensure(progress, cancel)
+        if operation.method == "host.halt":
             assert transport
             transport.halt(progress)
         elif operation.method == "host.remove":

@@ -196,11 +196,11 @@ def conclude(outcome: Outcome, made: Plan) -> None:
         )
 
 
-def _say_without_kvm(outcome: Outcome) -> None:
-    """Once for each reason: which hosts' guests do not run under KVM."""
+def _say_accelerators(outcome: Outcome) -> None:
+    """Once for each reason: which hosts are emulated or not, and which hosts' guests do not run under KVM."""
     hosts: dict[str, list[str]] = {}
     for operation in outcome.done:
-        if operation.method in NEEDS_KEYS and (reason := outcome.results.get(operation.id)):
+        if operation.method in {"host.ensure", *NEEDS_KEYS} and (reason := outcome.results.get(operation.id)):
             hosts.setdefault(str(reason), []).append(operation.host)
     for reason, names in hosts.items():
         output.note(f"{', '.join(sorted(set(names)))}: {reason}")
@@ -235,7 +235,7 @@ def up(
         cleared = {operation.host for operation in outcome.done if operation.method == "host.remove"}
         former = {name: host for name, host in before.former_hosts.items() if name not in cleared}
         state.save(moving.lab.model_copy(update={"former_hosts": former}))
-        _say_without_kvm(outcome)
+        _say_accelerators(outcome)
         conclude(outcome, made)
     output.note(
         f"lab {lab.lab} is up: "

@@ -47,10 +47,11 @@ class Transport(Protocol):
     def facts(self) -> HostFacts:
         """:raise HostError: the host does not answer."""
 
-    def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
+    def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> str | None:
         """Make the host and its agent; does nothing where all is as wished.
 
         :param cancel: when it is set, what takes long is given up.
+        :return: what the user has to know of how it was made, if anything.
         :raise HostError: the host does not answer, or the agent does not start.
         :raise TakenError: a name that we need belongs to somebody else.
         """

@@ -276,13 +276,12 @@ class VagrantTransport:
             restart=bool(differences),
         )
 
-    def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> None:
+    def ensure(self, progress: Progress, cancel: threading.Event | None = None) -> str | None:
         _need_root()
         deadline = Deadline(scaled(BOOT_SECONDS))
         while True:
             try:
-                self._make(progress, cancel)
-                return
+                return self._make(progress, cancel)
             except HostLostError:  # it was on its way down when it answered
                 if deadline.passed:
                     raise
@@ -290,7 +289,8 @@ class VagrantTransport:
             progress("it went away: waiting for it to come back")
             time.sleep(1)
 
-    def _make(self, progress: Progress, cancel: threading.Event | None) -> None:
+    def _make(self, progress: Progress, cancel: threading.Event | None) -> str | None:
+        driver = None
         with libvirtd.session() as conn:
             underlay.ensure(self.lab, conn)
             dom = self._running(conn)
@@ -299,6 +299,8 @@ class VagrantTransport:
                 self._halt(dom, progress)
                 dom = None
             if dom is None:
+                driver = choose_driver(self.spec.accel)[1]
+                progress(driver)
                 self._start(conn, progress, cancel)
             elif dom.state()[0] == libvirt.VIR_DOMAIN_PAUSED:  # by a command that was killed, or by hand
                 dom.resume()
@@ -306,6 +308,7 @@ class VagrantTransport:
         if not self._is_provisioned():
             self._provision(progress, cancel)
         self._inner().ensure(progress)
+        return driver
 
     def _is_provisioned(self) -> bool:
         """The roles have been played on the machine, as they are now."""
@@ -330,7 +333,6 @@ class VagrantTransport:
             if box.startswith(OUR_BOXES):
                 sshkeys.make(self._key, f"orchestrator-{self.lab.lab}-{self.host.name}")
         self.project.describe(self._common(), self.host.name, self._description(box))
-        progress(choose_driver(self.spec.accel)[1])
         if dom is not None and self._made.exists() and not self._differences(dom) and _create(dom):
             return
         try:

@@ -132,8 +132,9 @@ def test_host_without_power_and_halted_host_start_again_also_when_libvirts_netwo
         virsh("net-destroy", network)
         virsh("net-undefine", network)
 
-    lab.run("up")
+    said = lab.run("up").stderr
 
+    assert re.search(r"^alpha, beta: (emulated: KVM|under KVM)", said, re.MULTILINE), said
     assert listed == {"alpha": ("broken", "the machine is off"), "beta": ("up", None)}
     assert {"orc-nested-alpha", "orc-nested-beta"} <= set(off)
     assert lab.on("beta", "cat /root/mark") == "kept\n"
