@@ -179,7 +179,7 @@ def _release() -> None:
             agentproc.end_process(*ours[name], name)
     for file in (
         _started(),
-        *(paths.runtime() / name for name in ("libvirtd.lock", "libvirtd.users", "vagrant.lock")),
+        *(paths.runtime() / name for name in ("libvirtd.lock", "libvirtd.users", "vagrant.lock", QEMU_CONF.name)),
     ):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):

@@ -73,9 +73,9 @@ class Trip:
     def start(self, *options: str) -> subprocess.Popen[str]:
         return self.lab.start("migrate", *options, "web", self.target)
 
-    def slow(self) -> subprocess.Popen[str]:
+    def slow(self, bandwidth: int = 2) -> subprocess.Popen[str]:
         """A migration that is under way, and takes long."""
-        moving = self.start("--bandwidth", "2")
+        moving = self.start("--bandwidth", str(bandwidth))
         wait_until(lambda: self.target in self.states() or moving.poll() is not None, "nothing came to the target")
         return moving
 
@@ -338,7 +338,7 @@ def test_host_without_libvirtd(machines: Computers, lab: Sandbox, sandbox: Sandb
 
 
 def test_ctrl_c_while_it_tells_how_far_it_is(trip: Trip) -> None:
-    before, lab, moving = trip.mark(), trip.lab, trip.slow()
+    before, lab, moving = trip.mark(), trip.lab, trip.slow(1)
     said = read_until(
         moving, rf"… guest web on {trip.source}: move to {trip.target}: disks: \d+ of \d+ MiB, \d+ MiB/s"
     )

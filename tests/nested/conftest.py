@@ -115,3 +115,4 @@ def nested(_root: None) -> Iterator[Lab]:
             shutil.rmtree(FOLDER)
             left = Machine.look().new_since(before)
             assert resumed or not left, f"left behind: {left}"
+            assert not (run := Path(env["ORCHESTRATOR_RUN"])).exists(), f"left behind: {list(run.iterdir())}"
