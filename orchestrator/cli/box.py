@@ -74,4 +74,5 @@ def prune(
     removed = boxes.prune(keep)
     for box in removed:
         output.stdout.print(f"removed {box.name}", markup=False)
-    output.note(f"{len(removed)} boxes removed, {sum(box.size for box in removed) >> 20} MiB freed")
+    counted = "1 box" if len(removed) == 1 else f"{len(removed)} boxes"
+    output.note(f"{counted} removed, {sum(box.size for box in removed) >> 20} MiB freed")

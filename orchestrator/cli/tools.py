@@ -60,7 +60,7 @@ def doctor(
         found = checks.leftovers()
         for line in checks.clean(found):
             output.stdout.print(line, markup=False)
-        output.note(f"{len(found)} left-overs")
+        output.note(output.counted(len(found), "left-over"))
         return
     if host is not None:
         examine_host(host, file, lab_name, output_format, only)
