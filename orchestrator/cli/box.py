@@ -74,5 +74,5 @@ def prune(
     removed = boxes.prune(keep)
     for box in removed:
         output.stdout.print(f"removed {box.name}", markup=False)
-    counted = "1 box" if len(removed) == 1 else f"{len(removed)} boxes"
-    output.note(f"{counted} removed, {sum(box.size for box in removed) >> 20} MiB freed")
+    freed = sum(box.size for box in removed) >> 20
+    output.note(f"{output.counted(len(removed), 'box', 'boxes')} removed, {freed} MiB freed")

@@ -102,4 +102,5 @@ def prune(
     removed = store.prune(_in_use(), older_than=None if everything else days * 86400)
     for image in removed:
         output.stdout.print(f"removed {image.id}", markup=False)
-    output.note(f"{output.counted(len(removed), 'image')} removed, {sum(image.size for image in removed) >> 20} MiB freed")
+    freed = sum(image.size for image in removed) >> 20
+    output.note(f"{output.counted(len(removed), 'image')} removed, {freed} MiB freed")

@@ -79,8 +79,8 @@ def note(text: str) -> None:
     stderr.print(escape(text))
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def error(failure: OrchestratorError) -> None:
