@@ -171,13 +171,16 @@ def test_pause_stops_and_resume_goes_on(lab: Sandbox) -> None:
     assert lab.exec("eve", "echo", "back") == "back\n"
 
 
-def test_stop_is_graceful_and_start_again(lab: Sandbox) -> None:
+def test_stop_is_graceful_and_a_guest_that_is_off_says_how_to_start_it(lab: Sandbox) -> None:
     stopped = lab.run("stop", "eve")
     off = lab.guests()["eve"]
+    refused = lab.run("exec", "eve", "--", "true", status=1)
     lab.run("start", "eve")
 
     assert "shut down" in stopped.stderr
     assert (off["state"], off["reason"]) == ("off", "shut down")
+    assert "not running" in refused.stderr
+    assert "orchestrator start eve" in refused.stderr
     assert lab.guests()["eve"]["state"] == "running"
 
 
@@ -196,15 +199,6 @@ def test_restart(lab: Sandbox) -> None:
     lab.run("restart", "eve")
 
     assert "No such file" in lab.run("exec", "eve", "--", "ls", "/tmp/before", status=1).stderr
-
-
-def test_command_for_a_guest_that_is_off_says_how_to_start_it(lab: Sandbox) -> None:
-    lab.run("stop", "--hard", "eve")
-    refused = lab.run("exec", "eve", "--", "true", status=1)
-    lab.run("start", "eve")
-
-    assert "not running" in refused.stderr
-    assert "orchestrator start eve" in refused.stderr
 
 
 # -- snapshots ---------------------------------------------------------------------------------------------------
