@@ -1,11 +1,14 @@
-"""How long to wait: deadlines that grow with the load of the machine."""
+"""How long to wait: deadlines that grow with the load of the machine; and what is done meanwhile."""
 
 # SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
+from collections.abc import Callable, Iterator
 
 EMULATION_FACTOR = 4
 """A guest under TCG runs this many times slower, roughly."""
@@ -31,3 +34,21 @@ class Deadline:
     @property
     def passed(self) -> bool:
         return self.left == 0.0
+
+
+@contextlib.contextmanager
+def every(seconds: float, action: Callable[[], object]) -> Iterator[None]:
+    """Do ``action`` every so many seconds, not at once, in a thread beside the block, until that has ended."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=repeat, name="every", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

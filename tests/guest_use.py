@@ -8,7 +8,6 @@ up, with hosts ``alpha`` and ``beta``, a guest ``ann`` on the one, with a disk b
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
@@ -16,11 +15,11 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from orchestrator.patience import every
 from tests.conftest import Sandbox
 
 
@@ -40,24 +39,6 @@ def wait_until(done: Callable[[], Any], what: str, seconds: float = 300) -> None
     while not done():
         assert time.monotonic() < deadline, what
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def again_and_again(action: Callable[[], object]) -> Iterator[None]:
-    """Do ``action`` until the block has ended: what listens for it may take its time to sit down."""
-    ended = threading.Event()
-
-    def repeat() -> None:
-        while not ended.wait(0.5):
-            action()
-
-    thread = threading.Thread(target=repeat)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 # -- exec --------------------------------------------------------------------------------------------------------
@@ -133,7 +114,8 @@ def test_logs_and_logs_follow(lab: Sandbox) -> None:
     follower = lab.start("logs", "--follow", "-n", "0", "eve")
     assert follower.stdout
 
-    with again_and_again(lambda: lab.exec("eve", "sh", "-c", "echo line-for-the-log > /dev/ttyS0")):
+    # what listens may take its time to sit down
+    with every(0.5, lambda: lab.exec("eve", "sh", "-c", "echo line-for-the-log > /dev/ttyS0")):
         text = read_until(follower.stdout.fileno(), b"line-for-the-log")
 
     assert "ann is up" in log

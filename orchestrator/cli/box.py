@@ -71,8 +71,4 @@ def prune(
     keep = boxes.in_use()
     if not everything and (newest := boxes.find()):
         keep.add(newest)
-    removed = boxes.prune(keep)
-    for box in removed:
-        output.stdout.print(f"removed {box.name}", markup=False)
-    freed = sum(box.size for box in removed) >> 20
-    output.note(f"{output.counted(len(removed), 'box', 'boxes')} removed, {freed} MiB freed")
+    output.removed({box.name: box.size for box in boxes.prune(keep)}, "box", "boxes")

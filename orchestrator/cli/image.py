@@ -100,7 +100,4 @@ def prune(
 ) -> None:
     """Remove images that no lab uses, and what broken builds left."""
     removed = store.prune(_in_use(), older_than=None if everything else days * 86400)
-    for image in removed:
-        output.stdout.print(f"removed {image.id}", markup=False)
-    freed = sum(image.size for image in removed) >> 20
-    output.note(f"{output.counted(len(removed), 'image')} removed, {freed} MiB freed")
+    output.removed({image.id: image.size for image in removed}, "image")

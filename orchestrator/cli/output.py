@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -81,6 +81,13 @@ def note(text: str) -> None:
 
 def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def removed(sizes: Mapping[str, int], noun: str, plural: str = "") -> None:
+    """Say what was removed: name → size in bytes."""
+    for name in sizes:
+        stdout.print(f"removed {name}", markup=False)
+    note(f"{counted(len(sizes), noun, plural)} removed, {sum(sizes.values()) >> 20} MiB freed")
 
 
 def error(failure: OrchestratorError) -> None:

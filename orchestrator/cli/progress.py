@@ -19,6 +19,7 @@ from rich.table import Table
 
 from orchestrator.cli import output
 from orchestrator.errors import CancelledError, OrchestratorError
+from orchestrator.patience import every
 from orchestrator.plan.operations import Operation
 
 REMIND_SECONDS = 10.0
@@ -50,24 +51,15 @@ class _Work:
         return f"… {self.name}{': ' + self.text if self.text else ''} ({now - self.began:.0f} s)"
 
 
-@contextlib.contextmanager
-def _reminding(works: Callable[[], Iterable[_Work]]) -> Iterator[None]:
+def _reminding(works: Callable[[], Iterable[_Work]]) -> contextlib.AbstractContextManager[None]:
     """Where nothing can be shown live, write a line about work that takes long."""
-    ended = threading.Event()
 
     def remind() -> None:
-        while not ended.wait(1):
-            for line in [work.reminder() for work in works()]:
-                if line:
-                    output.note(line)
+        for line in [work.reminder() for work in works()]:
+            if line:
+                output.note(line)
 
-    thread = threading.Thread(target=remind, name="reminder", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return every(1, remind)
 
 
 @contextlib.contextmanager
