@@ -69,6 +69,11 @@ def libvirt_errors(what: str, hint: str | None = None) -> Iterator[None]:
         raise GuestError(f"{what}: {error.get_error_message()}", hint=hint) from error
 
 
+def processor_seconds(dom: libvirt.virDomain) -> float:
+    """What a guest's QEMU has run since it was started; 0 where it is off."""
+    return float(dom.info()[4]) / 1e9
+
+
 class Libvirt:
     """One connection, an event loop in a thread of its own, and the recent events.
 

@@ -22,7 +22,7 @@ from orchestrator.guests import consolelog, domain, qga, snapshots
 from orchestrator.guests.base import Guests
 from orchestrator.guests.consolelog import Consoles
 from orchestrator.guests.domain import MIGRATING, DomainView, GuestFacts, GuestImage, Identity
-from orchestrator.guests.libvirtconn import OFF_REASONS, STATES, Libvirt, libvirt_errors
+from orchestrator.guests.libvirtconn import OFF_REASONS, STATES, Libvirt, libvirt_errors, processor_seconds
 from orchestrator.guests.migrationservice import MigrationService
 from orchestrator.hosts import accel
 from orchestrator.hosts.rpc import Call, Server, Stream
@@ -291,7 +291,7 @@ class GuestService(Guests):
         ready = wish.ready or image.ready
         if ready == "none":
             return
-        _, view = self.get(wish.name)
+        dom, view = self.get(wish.name)
         deadline = Deadline(scaled(READY_SECONDS, emulated=view.accel == "tcg"))
         log = self.console_log(wish.name)
         what = "its guest agent" if ready == "agent" else f"{ready.removeprefix('console:')!r} on its console"
@@ -316,18 +316,21 @@ class GuestService(Guests):
                 return False
             return True
 
-        with libvirt_errors(f"guest {wish.name}"), consolelog.watching(log, self.libvirt.poke):
-            in_time = self.libvirt.wait(settled, deadline)
+        with libvirt_errors(f"guest {wish.name}"):
+            before = processor_seconds(dom)
+            with consolelog.watching(log, self.libvirt.poke):
+                in_time = self.libvirt.wait(settled, deadline)
+            used = 0.0 if in_time else processor_seconds(self.get(wish.name)[0]) - before
         if failure is None and in_time:
             self.ready(wish.name).touch()
             return
-        if consolelog.panic(log):
+        if not in_time:
+            failure = f"{what} did not come within {deadline.seconds:.0f} s ({used:.0f} s of processor time)"
+        elif consolelog.panic(log):
             self.destroy(self.get(wish.name)[0])  # a kernel that has panicked spins for ever
         raise GuestError(
-            f"guest {wish.name}: {failure}"
-            if failure
-            else f"guest {wish.name}: {what} did not come within {deadline.seconds:.0f} s",
-            tail=consolelog.tail(log),
+            f"guest {wish.name}: {failure}",
+            tail=consolelog.tail(log) or ["(nothing on its console)"],
             hint=f"orchestrator console {wish.name}" if in_time is False else f"orchestrator logs {wish.name}",
         )
 

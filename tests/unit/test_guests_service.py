@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,20 @@ def test_guest_that_waits_for_its_agent_is_not_ready(guests: GuestService, call:
     define(guests, mark=domain.payload(ann(), "tiny-1", "agent")).create()
 
     assert not fact(guests, call).ready
+
+
+@pytest.mark.parametrize(("log", "tail"), [(b"", ["(nothing on its console)"]), (b"hello\r\n", ["hello"])])
+def test_wait_that_ends_too_late_tells_what_the_guest_did_meanwhile(
+    guests: GuestService, call: Call, log: bytes, tail: list[str]
+) -> None:
+    started(guests)
+    guests.console_log("ann").write_bytes(log)
+
+    with pytest.raises(GuestError, match=r"agent did not come within \d+ s \(\d+ s of processor time") as caught:
+        guests.wait(call, ann(ready="agent").model_dump(mode="json"), asdict(guest_image()))
+
+    assert list(caught.value.tail) == tail
+    assert caught.value.hint == "orchestrator console ann"
 
 
 def test_guest_is_up_since_its_start_whatever_its_console_says(guests: GuestService, call: Call) -> None:
