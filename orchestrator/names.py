@@ -9,12 +9,14 @@ namespaces on their ``lo``. Only marked things are ever changed or removed.
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
 from pathlib import Path
 
 from orchestrator import paths
 
 PREFIX = "orchestrator"
+_LINK = re.compile(r"o[a-z]-[0-9a-f]{8}")
 AGENT_SOCKET = "agent.sock"
 """In :func:`runtime_dir`."""
 
@@ -58,6 +60,12 @@ def namespace(lab: str, host: str | None = None) -> str:
 def link(kind: str, uid: str, *parts: str) -> str:
     """A link's name: at most 15 bytes, as Linux wants. ``kind``: one letter (b bridge, t tap, x VXLAN …)."""
     return f"o{kind}-{digest(uid, kind, *parts)}"
+
+
+def is_link_ours(name: str, alias: str | None, mark: str) -> bool:
+    """Whether a link is ours: it has our ``mark``; or it has no alias and a name of :func:`link`, which nobody else
+    chooses. Linux makes a link first and gives it its alias then, and we may have been killed in between."""
+    return alias == mark or (not alias and bool(_LINK.fullmatch(name)))
 
 
 def mac(*parts: str) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,12 @@ from pyroute2 import IPRoute, NetNS, netns
 from pyroute2.netlink.exceptions import NetlinkError
 
 from orchestrator import names
-from orchestrator.errors import StateError, TakenError
+from orchestrator.errors import CommandError, StateError, TakenError
 from orchestrator.hosts import agentproc
 from orchestrator.hosts.agentproc import AgentPlace
 from orchestrator.hosts.rpc import Progress, Stream
 from orchestrator.hosts.transport import HostFacts, SharedAgent
+from orchestrator.run import shell_line, spawn, tail_of
 from orchestrator.spec.resolved import ResolvedHost, ResolvedLab
 
 NETNS_DIR = Path("/run/netns")
@@ -74,6 +76,7 @@ class LocalTransport(SharedAgent):
         self.underlay_namespace = names.namespace(lab.lab)
         self._port = names.link("h", lab.uid, host.name)
         self._uplink = names.link("u", lab.uid, host.name)
+        self._uplink_mark = names.mark(lab.uid, "uplink", host.name)
         self._joint = names.link("j", lab.uid, UNDERLAY)
         self._joins = any(other.spec.kind == "vagrant" for other in lab.hosts.values())
 
@@ -155,8 +158,7 @@ class LocalTransport(SharedAgent):
             }
 
     def _check_uplink_is_ours(self, ip: IPRoute, index: int) -> None:
-        owner = names.parse_mark(_alias(ip, index))
-        if owner is None or owner[0] != self.lab.uid:
+        if not names.is_link_ours(self._uplink, _alias(ip, index), self._uplink_mark):
             raise TakenError(f"link {self._uplink} belongs to somebody else", hint=f"ip link del {self._uplink}")
 
     # -- making it -----------------------------------------------------------------------------------------------
@@ -187,9 +189,7 @@ class LocalTransport(SharedAgent):
         stale = NETNS_DIR / namespace
         if stale.exists():
             stale.unlink()
-        netns.create(namespace)
-        with _inside(namespace) as ip:
-            ip.link("set", index=1, state="up", ifalias=names.mark(self.lab.uid, "host", name))
+        _make_namespace(namespace, names.mark(self.lab.uid, "host", name))
 
     def _ensure_underlay(self) -> None:
         mtu = self.lab.underlay_mtu
@@ -265,7 +265,7 @@ class LocalTransport(SharedAgent):
             if index is None:
                 ip.link("add", ifname=self._uplink, kind="veth", peer={"ifname": UPLINK, "net_ns_fd": self.namespace})
                 index = _index(ip, self._uplink)
-                ip.link("set", index=index, state="up", ifalias=names.mark(self.lab.uid, "uplink", self.host.name))
+            ip.link("set", index=index, state="up", ifalias=self._uplink_mark)
             with _inside(self.namespace) as inside:
                 peer = _index(inside, UPLINK)
                 inside.link("set", index=peer, state="up")
@@ -334,6 +334,25 @@ class LocalTransport(SharedAgent):
 
     def stream(self) -> Stream:
         return agentproc.connect(self.place)
+
+
+def _make_namespace(name: str, mark: str) -> None:
+    """Make a network namespace that has its mark when it gets its name: who is killed meanwhile leaves none.
+
+    :raise CommandError: it cannot be made.
+    """
+    command = ["unshare", "--net", "sh", "-c", 'ip link set lo up alias "$1" && echo && exec cat', "sh", mark]
+    with spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if not process.stdout.readline():
+            raise CommandError(
+                f"network namespace {name} cannot be made",
+                command=shell_line(command),
+                tail=tail_of(process.stderr.read()),
+                hint="orchestrator doctor",
+            )
+        netns.attach(name, process.pid)
 
 
 def _need_root() -> None:

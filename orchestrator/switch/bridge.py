@@ -46,14 +46,29 @@ def _link(ip: IPRoute, name: str) -> Any:
     return ip.link("get", index=found[0])[0] if found else None
 
 
-def _owned(link: Any, uid: str, kind: str, name: str) -> Any:
+def _owned(link: Any, mark: str) -> Any:
     """:raise TakenError: the link is somebody else's."""
-    owner = names.parse_mark(link.get("ifalias"))
-    if owner != (uid, kind, name):
+    if not names.is_link_ours(link.get("ifname"), link.get("ifalias"), mark):
         raise TakenError(
             f"link {link.get('ifname')} is there and is not ours",
             hint=f"choose another name in the lab file, or remove it: ip link del {link.get('ifname')}",
         )
+    return link
+
+
+def _ensure_link(ip: IPRoute, mark: str, ifname: str, first: str | None = None, **settings: Any) -> Any:
+    """The link ``ifname`` with its mark, made with ``settings`` where there is none.
+
+    :param first: a generated name to make it under, where ``ifname`` is none: it gets its other name with its mark.
+    :raise TakenError: the link is somebody else's.
+    """
+    link = _link(ip, ifname) or (_link(ip, first) if first else None)
+    if link is None:
+        ip.link("add", ifname=first or ifname, **settings)
+        link = _link(ip, first or ifname)
+    if _owned(link, mark).get("ifalias") != mark:
+        other = {} if link.get("ifname") == ifname else {"ifname": ifname}
+        ip.link("set", index=link["index"], ifalias=mark, **other)
     return link
 
 
@@ -127,7 +142,7 @@ def ensure(uid: str, wanted: Membership) -> None:
         if wanted.peers:
             _ensure_vxlan(ip, uid, wanted, bridge)
         elif vxlan := _link(ip, network.vxlan):
-            _owned(vxlan, uid, "vxlan", network.name)
+            _owned(vxlan, names.mark(uid, "vxlan", network.name))
             ip.link("del", index=vxlan["index"])
     _set_forwarding(network.bridge, wanted.forward)
 
@@ -137,27 +152,23 @@ def _rename(ip: IPRoute, uid: str, network: ResolvedNetwork) -> None:
         owner = names.parse_mark(link.get("ifalias"))
         if owner == (uid, "network", network.name) and link.get("ifname") != network.bridge:
             if taken := _link(ip, network.bridge):
-                _owned(taken, uid, "network", network.name)
+                _owned(taken, names.mark(uid, "network", network.name))
             ip.link("set", index=link["index"], state="down")
             ip.link("set", index=link["index"], ifname=network.bridge)
 
 
 def _ensure_bridge(ip: IPRoute, uid: str, network: ResolvedNetwork) -> int:
-    link = _link(ip, network.bridge)
-    if link is None:
-        ip.link(
-            "add",
-            ifname=network.bridge,
-            kind="bridge",
-            br_stp_state=0,
-            br_forward_delay=0,
-            br_mcast_snooping=0,
-            address=network.gateway_mac,
-        )
-        link = _link(ip, network.bridge)
-        ip.link("set", index=link["index"], ifalias=names.mark(uid, "network", network.name))
-    else:
-        _owned(link, uid, "network", network.name)
+    link = _ensure_link(
+        ip,
+        names.mark(uid, "network", network.name),
+        network.bridge,
+        names.link("b", uid, network.name),
+        kind="bridge",
+        br_stp_state=0,
+        br_forward_delay=0,
+        br_mcast_snooping=0,
+        address=network.gateway_mac,
+    )
     index = int(link["index"])
     ip.link("set", index=index, mtu=network.mtu, address=network.gateway_mac, state="up")
     wanted = sorted(cidr for cidr in (network.gateway4, network.gateway6) if cidr)
@@ -175,23 +186,19 @@ def _ensure_vxlan(ip: IPRoute, uid: str, wanted: Membership, bridge: int) -> Non
     network = wanted.network
     link = _link(ip, network.vxlan)
     if link is not None:
-        _owned(link, uid, "vxlan", network.name)
+        _owned(link, names.mark(uid, "vxlan", network.name))
         if (_vxlan_data(link, "ID"), _vxlan_data(link, "LOCAL")) != (network.vni, wanted.local):
             ip.link("del", index=link["index"])
-            link = None
-    if link is None:
-        ip.link(
-            "add",
-            ifname=network.vxlan,
-            kind="vxlan",
-            vxlan_id=network.vni,
-            vxlan_local=wanted.local,
-            vxlan_port=VXLAN_PORT,
-            vxlan_learning=1,
-        )
-        link = _link(ip, network.vxlan)
-        ip.link("set", index=link["index"], ifalias=names.mark(uid, "vxlan", network.name))
-    index = link["index"]
+    index = _ensure_link(
+        ip,
+        names.mark(uid, "vxlan", network.name),
+        network.vxlan,
+        kind="vxlan",
+        vxlan_id=network.vni,
+        vxlan_local=wanted.local,
+        vxlan_port=VXLAN_PORT,
+        vxlan_learning=1,
+    )["index"]
     ip.link("set", index=index, master=bridge, mtu=network.mtu, state="up")
     ip.brport("set", index=index, neigh_suppress=1)
     have = set(_flood_peers(ip, index))
@@ -237,18 +244,12 @@ def ensure_port(uid: str, guest: str, nic: ResolvedNic, bridge: str) -> None:
 
     :raise TakenError: a link of the tap's name is somebody else's.
     """
-    name = f"{guest}/{nic.mac}"
+    mark = names.mark(uid, "port", f"{guest}/{nic.mac}")
     with _netlink(f"tap of guest {guest}") as ip:
         bridge_index = ip.link_lookup(ifname=bridge)
         if not bridge_index:
             raise NetworkError(f"guest {guest}: bridge {bridge} is not there", hint="orchestrator up")
-        link = _link(ip, nic.tap)
-        if link is None:
-            ip.link("add", ifname=nic.tap, kind="tuntap", mode="tap", ifr={"vnet_hdr": 1})
-            link = _link(ip, nic.tap)
-            ip.link("set", index=link["index"], ifalias=names.mark(uid, "port", name))
-        else:
-            _owned(link, uid, "port", name)
+        link = _ensure_link(ip, mark, nic.tap, kind="tuntap", mode="tap", ifr={"vnet_hdr": 1})
         if link.get("master") != bridge_index[0] or link.get("mtu") != nic.mtu or link.get("state") != "up":
             ip.link("set", index=link["index"], master=bridge_index[0], mtu=nic.mtu, state="up")
 

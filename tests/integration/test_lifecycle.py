@@ -313,6 +313,28 @@ def test_guest_larger_than_the_host_is_refused_and_others_go_on(sandbox: Sandbox
     assert sandbox.guests()["ann"]["state"] == "running"
 
 
+def test_kill_9_while_a_namespace_is_made_leaves_none_that_is_nobodys(sandbox: Sandbox, tmp_path: Path) -> None:
+    file = sandbox.file(SMALL)
+    before = Machine.look()
+    slow = tmp_path / "ip"  # stands still where the namespace is there and has no mark yet
+    slow.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; exec sleep 60\n")
+    slow.chmod(0o755)
+    sandbox.env["PATH"] = f"{tmp_path}:{sandbox.env['PATH']}"
+    process = sandbox.start("up", "-f", file)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < deadline, "no namespace was made"
+        time.sleep(0.05)
+
+    process.kill()
+    process.wait(30)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+    assert Machine.look().namespaces == before.namespaces
+    sandbox.env["PATH"] = sandbox.env["PATH"].partition(":")[2]
+    sandbox.run("up", "-f", file)
+
+
 def test_namespace_of_somebody_else_is_not_touched(sandbox: Sandbox) -> None:
     subprocess.run(["ip", "netns", "add", "orc.small.alpha"], check=True)
     try:

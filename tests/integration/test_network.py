@@ -126,6 +126,30 @@ def test_underlay_that_led_to_vagrant_hosts_is_parted_from_them(lab: Sandbox) ->
     assert "nothing to do" in lab.run("up").stderr
 
 
+def test_links_that_were_made_and_not_yet_marked_are_taken_on(sandbox: Sandbox) -> None:
+    file = sandbox.file(
+        "lab: half\nhosts: {alpha: {}, beta: {}}\nnetworks: {lan: {ipv4: 10.79.0.0/24, bridge: ours}}\n"
+        "guests: {ann: {host: alpha, memory: 192M, nics: [lan]}, eve: {host: beta, memory: 192M, nics: [lan]}}\n"
+    )
+    sandbox.run("up", "-f", file)
+    uid = json.loads((sandbox.folder / "state/labs/half/lab.json").read_text())["uid"]
+    inside = ["ip", "-n", "orc.half.alpha"]
+    links = json.loads(subprocess.run([*inside, "-j", "link"], capture_output=True, check=True).stdout)
+    marks = {link["ifname"]: link["ifalias"] for link in links if link["ifname"][:3] in ("ot-", "ox-")}
+    for name in marks:
+        subprocess.run([*inside, "link", "set", name, "alias", ""], check=True)
+    first = names.link("b", uid, "lan")
+    for words in (["link", "del", "ours"], ["link", "add", first, "type", "bridge"]):
+        subprocess.run([*inside, *words], check=True)
+
+    sandbox.run("up", "-f", file)
+
+    links = json.loads(subprocess.run([*inside, "-j", "link"], capture_output=True, check=True).stdout)
+    assert marks.items() <= {link["ifname"]: link.get("ifalias") for link in links}.items()
+    assert {"ours"} == {link["ifname"] for link in links if link["ifname"] in ("ours", first)}
+    assert all(one["milliseconds"] is not None for one in sandbox.json("reach", "-f", file))
+
+
 def test_bridge_name_taken_by_somebody_else(sandbox: Sandbox) -> None:
     file = sandbox.file(
         "lab: taken\nhosts: {alpha: {}}\nnetworks: {lan: {ipv4: 10.78.0.0/24}}\n"

@@ -14,6 +14,7 @@ from orchestrator import names
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,31}", fullmatch=True)
+MARK = "orchestrator:0123abcd:network/lan"
 UIDS = st.from_regex(r"[0-9a-f]{8}", fullmatch=True)
 
 
@@ -103,3 +104,26 @@ def test_runtime_folder_leaves_room_for_the_paths_of_sockets(monkeypatch: pytest
 def test_namespaces_tell_the_lab_from_its_hosts() -> None:
     assert names.namespace("demo") == "orc.demo"
     assert names.namespace("demo", "alpha") == "orc.demo.alpha"
+
+
+@pytest.mark.parametrize(
+    ("name", "alias", "ours"),
+    [
+        ("ob-0123abcd", MARK, True),
+        ("br0", MARK, True),
+        ("ob-0123abcd", None, True),
+        ("ob-0123abcd", "", True),
+        ("br0", None, False),
+        ("ob-0123abcde", None, False),
+        ("ob-0123abcd", "orchestrator:ffffffff:network/lan", False),
+        ("ob-0123abcd", "the printer", False),
+    ],
+)
+def test_link_is_ours_by_its_mark_or_by_a_generated_name_without_alias(
+    name: str, alias: str | None, ours: bool
+) -> None:
+    assert names.is_link_ours(name, alias, MARK) is ours
+
+
+def test_generated_names_are_known_as_such() -> None:
+    assert names.is_link_ours(names.link("t", "0123abcd", "ann"), None, MARK)
