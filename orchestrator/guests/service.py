@@ -291,7 +291,7 @@ class GuestService(Guests):
         ready = wish.ready or image.ready
         if ready == "none":
             return
-        dom, view = self.get(wish.name)
+        _, view = self.get(wish.name)
         deadline = Deadline(scaled(READY_SECONDS, emulated=view.accel == "tcg"))
         log = self.console_log(wish.name)
         what = "its guest agent" if ready == "agent" else f"{ready.removeprefix('console:')!r} on its console"
@@ -317,21 +317,20 @@ class GuestService(Guests):
             return True
 
         with libvirt_errors(f"guest {wish.name}"):
-            before = processor_seconds(dom)
             with consolelog.watching(log, self.libvirt.poke):
                 in_time = self.libvirt.wait(settled, deadline)
-            used = 0.0 if in_time else processor_seconds(self.get(wish.name)[0]) - before
-        if failure is None and in_time:
+            if not in_time:
+                used = processor_seconds(self.get(wish.name)[0])
+                failure = f"{what} did not come within {deadline.seconds:.0f} s ({used:.0f} s of processor time)"
+        if failure is None:
             self.ready(wish.name).touch()
             return
-        if not in_time:
-            failure = f"{what} did not come within {deadline.seconds:.0f} s ({used:.0f} s of processor time)"
-        elif consolelog.panic(log):
+        if consolelog.panic(log):
             self.destroy(self.get(wish.name)[0])  # a kernel that has panicked spins for ever
         raise GuestError(
             f"guest {wish.name}: {failure}",
             tail=consolelog.tail(log) or ["(nothing on its console)"],
-            hint=f"orchestrator console {wish.name}" if in_time is False else f"orchestrator logs {wish.name}",
+            hint=f"orchestrator console {wish.name}" if not in_time else f"orchestrator logs {wish.name}",
         )
 
     # -- stop and remove -----------------------------------------------------------------------------------------

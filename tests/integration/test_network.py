@@ -145,6 +145,7 @@ def test_links_that_were_made_and_not_yet_marked_are_taken_on(sandbox: Sandbox) 
     sandbox.run("up", "-f", file)
 
     links = json.loads(subprocess.run([*inside, "-j", "link"], capture_output=True, check=True).stdout)
+    assert {name[:3] for name in marks} == {"ot-", "ox-"}
     assert marks.items() <= {link["ifname"]: link.get("ifalias") for link in links}.items()
     assert {"ours"} == {link["ifname"] for link in links if link["ifname"] in ("ours", first)}
     assert all(one["milliseconds"] is not None for one in sandbox.json("reach", "-f", file))
