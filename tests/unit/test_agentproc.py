@@ -61,6 +61,15 @@ def start(place: AgentPlace, command: list[str] | None = None) -> Owner:
     return owner
 
 
+def environment_of(pid: int) -> list[bytes]:
+    """A process that was just started is seen for a moment without any."""
+    for _ in range(1000):
+        if text := Path(f"/proc/{pid}/environ").read_bytes():
+            return text.split(b"\0")
+        time.sleep(0.01)
+    raise AssertionError(f"process {pid} has no environment")
+
+
 def wait_for_end(pid: int) -> None:
     """Until the process has ended; it stays a zombie unless somebody reaps it."""
     with contextlib.suppress(ChildProcessError):
@@ -189,7 +198,7 @@ def test_agent_that_lives_but_does_not_answer_is_replaced(place: AgentPlace) -> 
 def test_agent_gets_its_place_and_the_folders_of_the_caller(place: AgentPlace) -> None:
     owner = start(place)
 
-    words = Path(f"/proc/{owner.pid}/environ").read_bytes().split(b"\0")
+    words = environment_of(owner.pid)
     parent = Path(f"/proc/{owner.pid}/cwd").readlink()
 
     assert f"ORCHESTRATOR_STATE={paths.state()}".encode() in words
