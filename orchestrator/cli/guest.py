@@ -38,7 +38,7 @@ from orchestrator.cli.session import (
     transports,
 )
 from orchestrator.errors import GuestError, HostError, OrchestratorError
-from orchestrator.hosts.rpc import Stream
+from orchestrator.hosts.rpc import STEP_SECONDS, Stream, read_some
 from orchestrator.hosts.transport import client
 from orchestrator.spec.base import format_size
 
@@ -196,7 +196,7 @@ def logs(
     with GuestSession(guest, file, lab) as session:
         stream = session.open("guest.log", lines=lines, follow=follow)
         try:
-            while data := stream.recv(1 << 16):
+            while data := read_some(stream):
                 sys.stdout.buffer.write(data)
                 sys.stdout.flush()
         except KeyboardInterrupt:
@@ -249,7 +249,8 @@ def events(
             threads[-1].start()
         signal.signal(signal.SIGINT, lambda *_: ended.set())
         if follow:
-            ended.wait()
+            while not ended.wait(STEP_SECONDS):
+                pass
         else:
             for thread in threads:
                 thread.join()

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME = 16 << 20
 MAX_CALLS_PER_STREAM = 64
+STEP_SECONDS = 1
+"""Who waits for long does it in steps: a signal that comes just as Python begins to wait does not wake it."""
 _LENGTH = struct.Struct("<I")
 
 Json = Any
@@ -60,6 +62,15 @@ class Stream(Protocol):
     def sendall(self, data: bytes, /) -> None: ...
     def close(self) -> None: ...
     def fileno(self) -> int: ...
+
+
+def read_some(stream: Stream) -> bytes:
+    """What comes next from a raw stream, b"" at its end; Ctrl-C ends the wait."""
+    poller = select.poll()
+    poller.register(stream.fileno(), select.POLLIN | select.POLLHUP)
+    while not poller.poll(STEP_SECONDS * 1000):
+        pass
+    return stream.recv(1 << 16)
 
 
 def _read_exactly(stream: Stream, size: int) -> bytes | None:
@@ -324,7 +335,7 @@ class Client:
         try:
             while True:
                 try:
-                    frame = answers.get(timeout=0.1 if cancel is not None and not told else None)
+                    frame = answers.get(timeout=0.1 if cancel is not None and not told else STEP_SECONDS)
                 except queue.Empty:
                     if cancel is not None and cancel.is_set():
                         told = True

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +27,7 @@ from orchestrator.errors import (
     ProtocolError,
 )
 from orchestrator.hosts import rpc
-from orchestrator.hosts.rpc import Call, Client, Server, Stream, read_frame, relay, write_frame
+from orchestrator.hosts.rpc import Call, Client, Server, Stream, read_frame, read_some, relay, write_frame
 
 SOON = 10.0  # seconds; no test waits that long unless it fails
 
@@ -519,6 +521,42 @@ def test_stream_handler_that_fails_after_it_opened_ends_the_stream(peer: Peer) -
 def test_agent_that_ends_while_a_stream_opens_is_an_error() -> None:
     with answering(b"") as client, pytest.raises(HostError, match="the agent ended during console"):
         client.open("console")
+
+
+@contextlib.contextmanager
+def interrupted_elsewhere() -> Iterator[None]:
+    """A Ctrl-C, a moment later, that wakes another thread only, as when it comes just before this one waits."""
+    done = threading.Event()
+
+    def take() -> None:
+        time.sleep(0.2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        done.wait(SOON)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_ctrl_c_ends_a_wait_for_a_raw_stream() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, interrupted_elsewhere(), pytest.raises(KeyboardInterrupt):
+        read_some(ours)
+
+
+def test_ctrl_c_ends_a_wait_for_an_answer(peer: Peer) -> None:
+    answered = threading.Event()
+    peer.server.register("slow", lambda call: answered.wait(SOON))
+    client = peer.serve()
+    try:
+        with interrupted_elsewhere(), pytest.raises(KeyboardInterrupt):
+            client.call("slow")
+    finally:
+        answered.set()
 
 
 def test_relay_carries_both_ways_and_ends_with_either_side() -> None:
