@@ -20,6 +20,10 @@ import pytest
 
 pytest.register_assert_rewrite("tests.guest_use")
 
+# What a shell starts in the background ignores Ctrl-C, and so would every command that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ORCHESTRATOR = [sys.executable, "-m", "orchestrator"]
 SECONDS = 240
 
