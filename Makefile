@@ -50,5 +50,6 @@ bench: bench-up ## all measurements against peers
 bench-up: setup ## from `up` to every guest answering, against bare QEMU
 	@$(RUN) python bench/up.py
 
-clean: ## remove the virtual environment and caches of tools
+clean: ## remove the virtual environment, what was compiled, and caches of tools
+	@$(MAKE) -s -C bpf clean
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -59,6 +59,11 @@ def ansible() -> Path:
     return _shipped("ansible")
 
 
+def bpf() -> Path:
+    """The folder of the eBPF programs, sources and what was compiled of them."""
+    return _shipped("bpf")
+
+
 def vagrant() -> Path:
     """The folder of the Vagrantfile."""
     return _shipped("vagrant")

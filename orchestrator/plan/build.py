@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from orchestrator.guests.control import CONTENTS_REMOVED
@@ -133,8 +133,7 @@ class _Planner:
         if not self._reachable(host):
             return
         observed = self._seen(host).networks
-        for wanted in switch.wanted(self.lab, host):
-            member = self._until_moved(wanted, host)
+        for member in self._until_moved(host):
             differences = switch.changes(member, observed)
             if differences == []:
                 continue
@@ -147,7 +146,7 @@ class _Planner:
                     summary="create" if differences is None else "change",
                     impact=Impact.CREATE if differences is None else Impact.LIVE,
                     method="network.ensure",
-                    params=_membership(member),
+                    params=member.to_json(),
                     needs=self._those([f"host {host}"]),
                     detail=tuple(differences or ()),
                     undo=Undo("network.remove", {"name": name}) if differences is None else None,
@@ -173,21 +172,33 @@ class _Planner:
             member, host, [facts.arriving_from for facts in unclear if self._uses(facts.name, member.network.name)]
         )
 
-    def _until_moved(self, member: Membership, host: str) -> Membership:
-        """``member`` as it must be until guests have moved."""
-        moving = self._moves.values()
-        return self._keeping(
-            self._at_last(member, host),
-            host,
-            [facts.host for facts in moving if self._uses(facts.name, member.network.name)],
-        )
+    def _held(self, host: str) -> dict[str, str]:
+        """Guest → host that it is on for now, of guests that cannot go where they should; where that is not clear,
+        what ``host`` takes it to be."""
+        found = {facts.name: name for name in self.observed.hosts for facts in self._staying(name)}
+        known = {each.underlay: each.name for each in {**self.lab.former_hosts, **self.lab.hosts}.values()}
+        for name in self._unclear & self.lab.guests.keys():
+            nics = self.lab.guests[name].nics
+            taken = (facts.where(nic.mac) for facts in self._seen(host).networks for nic in nics)
+            where = next((address for address in taken if address is not None), None)
+            if where is not None:
+                found[name] = known.get(where, host) if where else host
+        return found
+
+    def _until_moved(self, host: str) -> Iterator[Membership]:
+        """How ``host`` takes part in its networks until guests have moved."""
+        moving = {name: facts.host for name, facts in self._moves.items()}
+        for member in switch.wanted(self.lab, host, {**self._held(host), **moving}):
+            sources = [where for name, where in moving.items() if self._uses(name, member.network.name)]
+            yield self._keeping(self._at_last(member, host), host, sources)
 
     def forget_left_hosts(self, host: str) -> None:
         """When guests have left a host: take it from the peers of ``host``."""
         if not self._reachable(host):
             return
-        for wanted in switch.wanted(self.lab, host):
-            before, member, name = self._until_moved(wanted, host), self._at_last(wanted, host), wanted.network.name
+        last = switch.wanted(self.lab, host, self._held(host))
+        for before, wanted in zip(self._until_moved(host), last, strict=True):
+            member, name = self._at_last(wanted, host), wanted.network.name
             if before == member:
                 continue
             moved = [
@@ -201,9 +212,9 @@ class _Planner:
                     summary="change",
                     impact=Impact.LIVE,
                     method="network.ensure",
-                    params=_membership(member),
+                    params=member.to_json(),
                     needs=self._those([f"network {name} on {host}", *moved]),
-                    detail=(f"peers: {_addresses(before.peers)} → {_addresses(member.peers)}",),
+                    detail=tuple(_changed(before, member)),
                 )
             )
 
@@ -460,7 +471,9 @@ class _Planner:
                     params={
                         "guest": wish.name,
                         "nics": [nic.model_dump(mode="json") for nic in wish.nics if nic.tap in missing],
-                        "bridges": {name: self.lab.networks[name].bridge for name in networks},
+                        "networks": [
+                            member.to_json() for member in self._until_moved(host) if member.network.name in networks
+                        ],
                     },
                     needs=self._those([f"host {host}", *(f"network {name} on {host}" for name in networks)]),
                     undo=Undo("port.remove", {"guest": wish.name, "taps": missing}),
@@ -517,14 +530,14 @@ class _Planner:
             )
 
 
-def _membership(member: Membership) -> dict[str, object]:
-    """The parameters of ``network.ensure``."""
-    return {
-        "network": member.network.model_dump(mode="json"),
-        "local": member.local,
-        "peers": list(member.peers),
-        "forward": member.forward,
-    }
+def _changed(before: Membership, after: Membership) -> Iterator[str]:
+    """What of a network is otherwise when guests have moved."""
+    if before.peers != after.peers:
+        yield f"peers: {_addresses(before.peers)} → {_addresses(after.peers)}"
+    places = {each.nic.mac: each.at for each in before.listed}
+    for each in after.listed:
+        if places.get(each.nic.mac) != each.at:
+            yield f"list: {each.guest} at {places.get(each.nic.mac, 'nowhere')} → {each.at}"
 
 
 def _addresses(peers: Iterable[str]) -> str:

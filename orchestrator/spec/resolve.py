@@ -151,6 +151,7 @@ def _network(name: str, network: NetworkSpec, spec: LabSpec, uid: str, hosts: li
         uplink=network.uplink,
         datapath=network.datapath,
         hosts=hosts,
+        multicast=network.multicast,
     )
 
 

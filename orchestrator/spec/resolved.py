@@ -32,6 +32,15 @@ class ResolvedNic(Part):
     ipv6: str | None
     gateway4: str | None
     gateway6: str | None
+    group: str | None = None
+    isolated: bool = False
+    vlan: int = 0
+    trunk: list[int] = []
+    rate_out: int = 0
+    """Bits per second that the guest may send; 0: as many as it can."""
+    rate_in: int = 0
+    mirror: str | None = None
+    """Tap of the NIC that gets a copy of what this one sends and receives."""
 
     @property
     def addresses(self) -> list[str]:
@@ -78,6 +87,25 @@ class ResolvedGuest(Part):
         return {"home": data["host"], **data} if isinstance(data, dict) and "host" in data else data
 
 
+class ResolvedParty(Part):
+    """A side of a rule. ``value`` is a prefix, a MAC, the name of a group, or nothing."""
+
+    side: Literal["any", "prefix", "nic", "group"]
+    value: str = ""
+
+
+class ResolvedRule(Part):
+    """A rule; ``protocol`` 0 and ``family`` 0 stand for any."""
+
+    allow: bool
+    sender: ResolvedParty
+    receiver: ResolvedParty
+    protocol: int
+    low: int
+    high: int
+    family: Literal[0, 4, 6]
+
+
 class ResolvedNetwork(Part):
     """A network; ``hosts`` are those that carry it: the ones with a guest on it."""
 
@@ -92,8 +120,10 @@ class ResolvedNetwork(Part):
     gateway6: str | None
     gateway_mac: str
     uplink: bool
-    datapath: Literal["bridge"]
+    datapath: Literal["ebpf", "bridge"]
     hosts: list[str]
+    multicast: Literal["drop", "flood"] = "drop"
+    rules: list[ResolvedRule] = []
 
 
 class ResolvedHost(Part):

@@ -4,27 +4,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedLab, ResolvedNetwork
-from orchestrator.switch.membership import Membership, NetworkFacts, differences
+from orchestrator.switch.membership import Listed, Membership, NetworkFacts, differences
 
 
-def membership(lab: ResolvedLab, network: ResolvedNetwork, host: str) -> Membership:
-    """How ``host`` takes part in ``network``."""
+def membership(
+    lab: ResolvedLab, network: ResolvedNetwork, host: str, still: Mapping[str, str] | None = None
+) -> Membership:
+    """How ``host`` takes part in ``network``.
+
+    :param still: guest → host that it is on for now, of those that are about to move.
+    """
     local = lab.hosts[host].spec.kind == "local"
     return Membership(
         network=network,
         local=lab.hosts[host].underlay,
         peers=tuple(lab.hosts[other].underlay for other in network.hosts if other != host),
         forward=("all" if local else "bridge") if network.uplink else "no",
+        listed=tuple(_listed(lab, network.name, still or {})),
     )
 
 
-def wanted(lab: ResolvedLab, host: str) -> Iterator[Membership]:
+def _listed(lab: ResolvedLab, network: str, still: Mapping[str, str]) -> Iterator[Listed]:
+    known = {**lab.former_hosts, **lab.hosts}
+    for guest in lab.guests.values():
+        host = known.get(still.get(guest.name, guest.host))
+        if host is not None:
+            yield from (Listed(guest.name, host.underlay, nic) for nic in guest.nics if nic.network == network)
+
+
+def wanted(lab: ResolvedLab, host: str, still: Mapping[str, str] | None = None) -> Iterator[Membership]:
+    """How ``host`` takes part in each network that it carries; ``still`` as for :func:`membership`."""
     for network in lab.networks.values():
         if host in network.hosts:
-            yield membership(lab, network, host)
+            yield membership(lab, network, host, still)
 
 
 def unwanted(lab: ResolvedLab, host: str, observed: Sequence[NetworkFacts]) -> list[str]:

@@ -43,7 +43,10 @@ class NetworkSpec(Part):
         False, description="route between this network and the machine's other networks (never translated)"
     )
     bridge: LinkName | None = Field(None, description="name of the bridge on each host; default: generated")
-    datapath: Literal["bridge"] = Field("bridge", description="what carries the datagrams")
+    datapath: Literal["ebpf", "bridge"] = Field(
+        "ebpf", description="what carries the datagrams: the switch, or a Linux bridge that checks nothing"
+    )
+    multicast: Literal["drop", "flood"] = Field("drop", description="multicast and broadcast of the guests")
 
     _room = field_validator("ipv4", "ipv6")(room_for_two)
 

@@ -1,7 +1,8 @@
 """What the agent of a host does with networks: the calls ``network.*`` and ``port.*``.
 
-The datapath is chosen per network. There is one so far, :mod:`orchestrator.switch.bridge`; another one has the same
-five functions: ``observe``, ``ensure``, ``remove``, ``ensure_port``, ``remove_port``.
+The datapath is chosen per network: :mod:`orchestrator.switch.dispatcher`, or :mod:`orchestrator.switch.bridge` where
+the lab file says so, or where this host cannot have the other one. Each has a function ``ensure``; what is there is
+observed and removed by the former, whichever it is.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -16,8 +17,8 @@ from typing import Any
 
 from orchestrator.errors import NetworkError
 from orchestrator.hosts.rpc import Call, Server, Stream, relay
-from orchestrator.spec.resolved import ResolvedNetwork, ResolvedNic
-from orchestrator.switch import bridge
+from orchestrator.spec.resolved import ResolvedNic
+from orchestrator.switch import bridge, dispatcher, links
 from orchestrator.switch.membership import Membership
 
 CONNECT_SECONDS = 10
@@ -39,28 +40,37 @@ class NetworkService:
         server.register_stream("network.connect", self.connect)
 
     def facts(self, call: Call) -> list[dict[str, Any]]:
-        return [facts.to_json() for facts in bridge.observe(self._uid)]
+        return [facts.to_json() for facts in dispatcher.observe(self._uid)]
 
-    def ensure(self, call: Call, network: dict[str, Any], local: str, peers: list[str], forward: str) -> None:
-        wanted = Membership(ResolvedNetwork.model_validate(network), local, tuple(peers), forward)
+    def ensure(self, call: Call, **membership: Any) -> None:
         with self._lock:
+            self._ensure(Membership.from_json(membership))
+
+    def _ensure(self, wanted: Membership) -> None:
+        if wanted.network.datapath == "bridge" or dispatcher.unavailable():
             bridge.ensure(self._uid, wanted)
+        else:
+            dispatcher.ensure(self._uid, wanted)
 
     def remove(self, call: Call, name: str) -> None:
         with self._lock:
-            bridge.remove(self._uid, name)
+            dispatcher.remove(self._uid, name)
 
-    def ensure_ports(self, call: Call, guest: str, nics: list[dict[str, Any]], bridges: dict[str, str]) -> None:
-        """:param bridges: network → name of its bridge here."""
+    def ensure_ports(
+        self, call: Call, guest: str, nics: list[dict[str, Any]], networks: list[dict[str, Any]]
+    ) -> None:
+        """:param networks: of the NICs, as for :meth:`ensure`."""
         with self._lock:
-            for data in nics:
-                nic = ResolvedNic.model_validate(data)
-                bridge.ensure_port(self._uid, guest, nic, bridges[nic.network])
+            with links.netlink(f"taps of guest {guest}") as ip:
+                for data in nics:
+                    links.ensure_tap(ip, self._uid, guest, ResolvedNic.model_validate(data))
+            for membership in networks:
+                self._ensure(Membership.from_json(membership))
 
     def remove_ports(self, call: Call, guest: str, taps: list[str]) -> None:
         with self._lock:
             for tap in taps:
-                bridge.remove_port(self._uid, guest, tap)
+                dispatcher.remove_port(self._uid, guest, tap)
 
     def connect(self, open_stream: Callable[[], Stream], addresses: list[str], port: int) -> None:
         """Carry bytes to a TCP port of a guest, from this host's own place on the guest's network."""

@@ -23,13 +23,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from orchestrator.errors import CancelledError, GuestError, HostError, HostLostError, NetworkError, StateError
+from orchestrator.errors import CancelledError, GuestError, HostError, HostLostError, StateError
 from orchestrator.guests.domain import GuestFacts, GuestImage
 from orchestrator.hosts.rpc import Call, Progress, Server, Stream
 from orchestrator.hosts.transport import HostFacts, SharedAgent
 from orchestrator.plan.operations import MIGRATE, ObservedHost, ObservedLab, Operation
-from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab, ResolvedNetwork, ResolvedNic
+from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab, ResolvedNic
 from orchestrator.switch import control as switch
+from orchestrator.switch import rules
 from orchestrator.switch.membership import Membership, NetworkFacts
 
 OnCall = Callable[[str, Call, Mapping[str, Any]], None]
@@ -55,8 +56,10 @@ def _image(name: str) -> dict[str, Any]:
     )
 
 
-def _network_facts(member: Membership) -> NetworkFacts:
+def _network_facts(member: Membership, ports: dict[str, str]) -> NetworkFacts:
+    """:param ports: tap → ``GUEST/MAC``."""
     network = member.network
+    there = [each for each in member.listed if each.at != member.local or each.nic.tap in ports]
     return NetworkFacts(
         name=network.name,
         bridge=network.bridge,
@@ -68,7 +71,21 @@ def _network_facts(member: Membership) -> NetworkFacts:
         vxlan=network.vxlan if member.peers else None,
         vni=network.vni if member.peers else None,
         peers=sorted(member.peers),
+        ports=ports,
+        datapath=network.datapath,
+        listed={each.nic.mac: each.describe(member.local, ports) for each in there},
+        rules=rules.digest(rules.packed(network.rules)),
+        multicast=network.multicast,
     )
+
+
+def _ports(lab: ResolvedLab, host: str, network: str) -> dict[str, str]:
+    return {
+        nic.tap: f"{guest.name}/{nic.mac}"
+        for guest in lab.guests_of(host)
+        for nic in guest.nics
+        if nic.network == network
+    }
 
 
 def _guest_facts(wish: ResolvedGuest, image: str) -> GuestFacts:
@@ -93,14 +110,9 @@ def perfect(lab: ResolvedLab) -> ObservedLab:
     """What is observed where everything is as ``lab`` says: the plan for it is empty."""
     hosts = {}
     for name in lab.hosts:
-        networks = [_network_facts(member) for member in switch.wanted(lab, name)]
-        for facts in networks:
-            facts.ports = {
-                nic.tap: f"{guest.name}/{nic.mac}"
-                for guest in lab.guests_of(name)
-                for nic in guest.nics
-                if nic.network == facts.name
-            }
+        networks = [
+            _network_facts(member, _ports(lab, name, member.network.name)) for member in switch.wanted(lab, name)
+        ]
         hosts[name] = ObservedHost(
             facts=HostFacts(present=True, agent=True),
             networks=tuple(networks),
@@ -176,27 +188,27 @@ class MemoryHost:
     def network_facts(self, call: Call) -> list[dict[str, Any]]:
         return [facts.to_json() for facts in self.networks.values()]
 
-    def network_ensure(self, call: Call, network: dict[str, Any], local: str, peers: list[str], forward: str) -> None:
-        facts = _network_facts(Membership(ResolvedNetwork.model_validate(network), local, tuple(peers), forward))
-        if facts.name in self.networks:
-            facts.ports = self.networks[facts.name].ports
-        self.networks[facts.name] = facts
+    def network_ensure(self, call: Call, **membership: Any) -> None:
+        member = Membership.from_json(membership)
+        before = self.networks.get(member.network.name)
+        self.networks[member.network.name] = _network_facts(member, before.ports if before else {})
 
     def network_remove(self, call: Call, name: str) -> None:
         self.networks.pop(name, None)
 
-    def port_ensure(self, call: Call, guest: str, nics: list[dict[str, Any]], bridges: dict[str, str]) -> None:
-        for data in nics:
-            nic = ResolvedNic.model_validate(data)
-            found = [facts for facts in self.networks.values() if facts.bridge == bridges[nic.network]]
-            if not found:
-                raise NetworkError(f"guest {guest}: bridge {bridges[nic.network]} is not there")
-            found[0].ports[nic.tap] = f"{guest}/{nic.mac}"
+    def port_ensure(self, call: Call, guest: str, nics: list[dict[str, Any]], networks: list[dict[str, Any]]) -> None:
+        made = [ResolvedNic.model_validate(data) for data in nics]
+        for member in map(Membership.from_json, networks):
+            before = self.networks.get(member.network.name)
+            ports = {nic.tap: f"{guest}/{nic.mac}" for nic in made if nic.network == member.network.name}
+            self.networks[member.network.name] = _network_facts(member, {**(before.ports if before else {}), **ports})
 
     def port_remove(self, call: Call, guest: str, taps: list[str]) -> None:
         for facts in self.networks.values():
             for tap in taps:
-                facts.ports.pop(tap, None)
+                _, _, mac = facts.ports.pop(tap, "").partition("/")
+                if facts.where(mac) == "":
+                    del facts.listed[mac]
 
     # -- guests --------------------------------------------------------------------------------------------------
 
