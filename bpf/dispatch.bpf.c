@@ -108,7 +108,7 @@ static __always_inline int to_uplink(struct frame *f)
 		__builtin_memcpy(route.ipv6_src, &f->from, 16);
 		__builtin_memcpy(route.ipv6_dst, &f->to.address, 16);
 	}
-	route.tot_len = f->skb->gso_segs ? 0 : f->skb->len - ETH_SIZE;
+	route.tot_len = f->skb->gso_size ? 0 : f->skb->len - ETH_SIZE;
 	found = bpf_fib_lookup(f->skb, &route, sizeof(route), 0);
 	if (found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return to_host(f);
@@ -116,7 +116,7 @@ static __always_inline int to_uplink(struct frame *f)
 	link = bpf_map_lookup_elem(&links, &ifindex);
 	if (!link || link->kind != PHYSICAL)
 		return to_host(f);
-	if (f->skb->gso_segs) {
+	if (f->skb->gso_size) {
 		__u32 mtu = 0;
 
 		/* 0 and not the length: the size of the segments is compared */
@@ -393,7 +393,7 @@ static __noinline int from_guest(struct __sk_buff *skb, struct nic *nic)
 	}
 	if (nic->flags & LIMITED && !within_rate(f, ifindex, FROM_GUEST))
 		return drop(f, DROP_RATE);
-	if (!skb->gso_segs && skb->len > f->network->mtu + ETH_SIZE)
+	if (!skb->gso_size && skb->len > f->network->mtu + ETH_SIZE)
 		return drop(f, DROP_TOO_BIG);
 
 	switch (protocol) {
@@ -553,7 +553,7 @@ int uplink(struct __sk_buff *skb)
 	if (!f->network)
 		return TC_ACT_UNSPEC;
 	/* Larger than the guests' link carries: the host says so to the sender. */
-	if (!skb->gso_segs && skb->len > f->network->mtu + ETH_SIZE)
+	if (!skb->gso_size && skb->len > f->network->mtu + ETH_SIZE)
 		return tell(f, FATE_PASS, 0, 0, TC_ACT_UNSPEC);
 	f->counters = bpf_map_lookup_elem(&counters_of, &f->to.net);
 	__builtin_memcpy(f->from_mac, f->network->gateway, 6);

@@ -100,8 +100,7 @@ static __always_inline int parse_ipv6(struct frame *f)
 	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
 		return REFUSE(DROP_MALFORMED);
 	length = bpf_ntohs(ip->payload_len);
-	/* A length of 0 is that of a jumbogram (RFC 2675), which Linux makes of what it segments later. */
-	if (ip->version != 6 || (length ? length > skb->len - ETH_SIZE - sizeof(*ip) : !skb->gso_segs))
+	if (ip->version != 6 || length > skb->len - ETH_SIZE - sizeof(*ip))
 		return REFUSE(DROP_MALFORMED);
 	__builtin_memcpy(&f->from, &ip->saddr, 16);
 	__builtin_memcpy(&f->to.address, &ip->daddr, 16);

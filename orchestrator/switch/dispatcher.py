@@ -128,12 +128,16 @@ class Switch:
         found = filters.find(self._ip, link, direction, self._label)
         if found and found.name == self._name and DISPATCH in self._programs:
             return
-        if program not in self._programs:
+        priority = self._priority if program == UPLINK else 1
+        filters.attach(self._ip, link, direction, self.program(program), self._name, priority)
+
+    def program(self, name: str) -> int:
+        """A program's file descriptor, valid until :meth:`close`."""
+        if name not in self._programs:
             if self._object is None:
                 self._object = Object(object_file(), self.maps)
-            self._programs[program] = self._object.program(program)
-        priority = self._priority if program == UPLINK else 1
-        filters.attach(self._ip, link, direction, self._programs[program], self._name, priority)
+            self._programs[name] = self._object.program(name)
+        return self._programs[name]
 
     def detach(self, link: int, direction: int) -> None:
         filters.detach(self._ip, link, direction, self._label)
