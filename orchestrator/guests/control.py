@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.guests.domain import GuestFacts
 from orchestrator.spec.base import format_size, parse_size
-from orchestrator.spec.resolved import ResolvedGuest
+from orchestrator.spec.resolved import ResolvedGuest, ResolvedNic
 
 RESTART_FIELDS = ("cmdline", "accel", "cpu", "machine", "emulator", "hotplug_slots", "xml", "user_data")
 CONTENTS_REMOVED = "its contents removed"
@@ -102,7 +102,8 @@ def _compare_nics(wish: ResolvedGuest, facts: GuestFacts, live: list[str], resta
         if mac not in facts.nics:
             live.append(f"NIC {mac} on {nic.network}: plugged")
         elif mac in before:
-            restart += _changed_fields(f"NIC {mac}", before[mac], nic.model_dump(mode="json"))
+            device = nic.model_dump(mode="json", exclude=set(ResolvedNic.POLICY))
+            restart += _changed_fields(f"NIC {mac}", before[mac], device)
 
 
 def _compare_disks(wish: ResolvedGuest, facts: GuestFacts, live: list[str], recreate: list[str]) -> None:

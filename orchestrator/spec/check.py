@@ -17,7 +17,7 @@ from orchestrator.spec.model import LabSpec
 from orchestrator.spec.node import Keys, Node
 from orchestrator.spec.report import Report, nearest_or_all, show, spell, wrong
 from orchestrator.spec.yamltree import MalformedError, compose
-from orchestrator.switch.model import NicSpec
+from orchestrator.switch.model import ANYONE, GROUP, NicSpec, prefix_of
 
 VXLAN_OVERHEAD = 50  # bytes: outer IPv4, UDP and VXLAN headers, and the inner Ethernet header
 BUILT_IN_IMAGES = ("tiny", "debian")
@@ -74,6 +74,27 @@ class _Checks:
         self._unique(
             (net.bridge, ("networks", name, "bridge")) for name, net in self.spec.networks.items() if net.bridge
         )
+        for name, network in self.spec.networks.items():
+            for index, rule in enumerate(network.rules):
+                for side in ("source", "destination"):
+                    self._party(getattr(rule, side), name, ("networks", name, "rules", index, side))
+
+    def _party(self, party: str, network: str, keys: Keys) -> None:
+        """A side of a rule must be something that there is."""
+        plugged = {
+            guest: nics
+            for guest, each in self.spec.guests.items()
+            if (nics := [nic for nic in each.nics if nic.network == network])
+        }
+        if party == ANYONE or party in plugged:
+            return
+        if party.startswith(GROUP):
+            groups = {nic.group for nics in plugged.values() for nic in nics if nic.group}
+            if party.removeprefix(GROUP) not in groups:
+                self._wrong(keys, "a group that a NIC on the network is in", hint=nearest_or_all(party, groups))
+        elif prefix_of(party) is None:
+            what = "the name of a guest on the network, group:NAME, any, or an address or network"
+            self._wrong(keys, what, hint=nearest_or_all(party, plugged))
 
     def _carried(self, name: str, mtu: int | None) -> None:
         """An MTU must leave room for VXLAN on the underlay that we make; of other underlays it is not known."""
@@ -120,8 +141,27 @@ class _Checks:
                     keys = (*at, f"ipv{address.version}")
                     addresses.append(((nic.network, address), keys))
                     self._fits(address, nic.network, keys)
+            self._mirrors(nic, at)
         self._unique(addresses)
         self._unique((nic.mac, (*at, "mac")) for nic, at in nics if nic.mac)
+
+    def _mirrors(self, nic: NicSpec, at: Keys) -> None:
+        """Who is to get copies must be there, be willing, and be on the same host."""
+        if nic.mirror_to is None:
+            return
+        keys, owner = (*at, "mirror_to"), str(at[1])
+        self._known(nic.mirror_to, keys, "the name of another guest", self._names("guests") - {owner})
+        target = self.spec.guests.get(nic.mirror_to)
+        if target is None or nic.mirror_to == owner:
+            return
+        if not any(each.network == nic.network and each.takes_mirror for each in target.nics):
+            self._say(
+                keys,
+                f"guest {nic.mirror_to} has no NIC on {nic.network} that takes copies",
+                hint=f"give guests.{nic.mirror_to}.nics one with `takes_mirror: true`",
+            )
+        elif target.host != self.spec.guests[owner].host:
+            self._say(keys, f"guest {nic.mirror_to} is on another host, and copies do not leave a host")
 
     def _fits(self, address: Address, name: str, keys: Keys) -> None:
         network = self.spec.networks.get(name)
@@ -156,9 +196,9 @@ class _Checks:
         except (re.error, OverflowError, RecursionError) as error:
             self._wrong(keys, f"console: and a regular expression ({error})")
 
-    def _names(self, section: str) -> Collection[str]:
+    def _names(self, section: str) -> set[str]:
         node, left = self.tree.nearest((section,))
-        return set() if left else node.value.keys()
+        return set() if left else set(node.value)
 
     def _known(self, name: str, keys: Keys, what: str, names: Collection[str]) -> None:
         if name not in names:

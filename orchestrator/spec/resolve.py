@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
+from typing import Literal
 
 from orchestrator import names
 from orchestrator.errors import SpecError
@@ -26,14 +27,26 @@ from orchestrator.spec.resolved import (
     ResolvedLab,
     ResolvedNetwork,
     ResolvedNic,
+    ResolvedParty,
+    ResolvedRule,
     carriers,
 )
-from orchestrator.switch.model import NetworkSpec, NicSpec
+from orchestrator.switch.model import (
+    ANYONE,
+    GROUP,
+    PROTOCOLS,
+    NetworkSpec,
+    NicSpec,
+    RuleSpec,
+    parse_ports,
+    prefix_of,
+)
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 DEFAULT_MTU = 1500
+_ICMPV6 = 58
 
 
 class _Pool:
@@ -74,6 +87,7 @@ def resolve(spec: LabSpec, file: Path, previous: ResolvedLab | None = None) -> R
     """
     uid = names.lab_uid(spec.lab)
     guests = _guests(spec, uid, previous)
+    macs = _macs(spec)
     return ResolvedLab(
         lab=spec.lab,
         uid=uid,
@@ -83,7 +97,7 @@ def resolve(spec: LabSpec, file: Path, previous: ResolvedLab | None = None) -> R
         underlay_mtu=spec.underlay.mtu,
         hosts=_hosts(spec, previous),
         networks={
-            name: _network(name, network, spec, uid, carriers(name, spec.hosts, guests.values()))
+            name: _network(name, network, spec, uid, carriers(name, spec.hosts, guests.values()), macs)
             for name, network in spec.networks.items()
         },
         guests=guests,
@@ -133,7 +147,9 @@ def _mtu(network: NetworkSpec, spec: LabSpec) -> int:
     return min(DEFAULT_MTU, carried - VXLAN_OVERHEAD) if len(spec.hosts) > 1 else DEFAULT_MTU
 
 
-def _network(name: str, network: NetworkSpec, spec: LabSpec, uid: str, hosts: list[str]) -> ResolvedNetwork:
+def _network(
+    name: str, network: NetworkSpec, spec: LabSpec, uid: str, hosts: list[str], macs: Mapping[tuple[str, int], str]
+) -> ResolvedNetwork:
     def gateway(cidr: Network | None) -> str | None:
         return f"{cidr.network_address + 1}/{cidr.prefixlen}" if cidr else None
 
@@ -152,7 +168,43 @@ def _network(name: str, network: NetworkSpec, spec: LabSpec, uid: str, hosts: li
         datapath=network.datapath,
         hosts=hosts,
         multicast=network.multicast,
+        rules=[rule for each in network.rules for rule in _rules(each, name, spec, macs)],
     )
+
+
+def _rules(
+    rule: RuleSpec, network: str, spec: LabSpec, macs: Mapping[tuple[str, int], str]
+) -> Iterator[ResolvedRule]:
+    """A rule of the file, as one for each pair of NICs, and for each family where that has a protocol of its own."""
+    low, high = parse_ports(rule.ports) if rule.ports is not None else (0, 65535)
+    kinds: list[tuple[int, Literal[0, 4, 6]]] = [(PROTOCOLS[rule.protocol], 0)]
+    if rule.protocol == "icmp":
+        kinds = [(PROTOCOLS["icmp"], 4), (_ICMPV6, 6)]
+    for sender in _parties(rule.source, network, spec, macs):
+        for receiver in _parties(rule.destination, network, spec, macs):
+            for protocol, family in kinds:
+                yield ResolvedRule(
+                    allow=rule.action == "allow",
+                    sender=sender,
+                    receiver=receiver,
+                    protocol=protocol,
+                    low=low,
+                    high=high,
+                    family=family,
+                )
+
+
+def _parties(party: str, network: str, spec: LabSpec, macs: Mapping[tuple[str, int], str]) -> Iterator[ResolvedParty]:
+    if party == ANYONE:
+        yield ResolvedParty(side="any")
+    elif party.startswith(GROUP):
+        yield ResolvedParty(side="group", value=party.removeprefix(GROUP))
+    elif (prefix := prefix_of(party)) and party not in spec.guests:
+        yield ResolvedParty(side="prefix", value=str(prefix))
+    else:
+        for index, nic in enumerate(spec.guests[party].nics):
+            if nic.network == network:
+                yield ResolvedParty(side="nic", value=macs[party, index])
 
 
 FAMILIES = ("ipv4", "ipv6")
@@ -238,6 +290,13 @@ def _guest(
                 ipv6=addresses.get((name, index, "ipv6")),
                 gateway4=gateway4,
                 gateway6=gateway6,
+                group=nic.group,
+                isolated=nic.isolated,
+                vlan=nic.vlan or 0,
+                trunk=sorted(set(nic.trunk)),
+                rate_out=nic.rate_out or 0,
+                rate_in=nic.rate_in or 0,
+                mirror=_mirror(nic, spec, uid, macs),
             )
         )
     return ResolvedGuest(
@@ -263,6 +322,15 @@ def _guest(
         xml=guest.xml,
         description=guest.description,
     )
+
+
+def _mirror(nic: NicSpec, spec: LabSpec, uid: str, macs: Mapping[tuple[str, int], str]) -> str | None:
+    """The tap that gets copies of what a NIC sends and gets."""
+    if nic.mirror_to is None:
+        return None
+    there = spec.guests[nic.mirror_to].nics
+    index = next(index for index, each in enumerate(there) if each.network == nic.network and each.takes_mirror)
+    return names.link("t", uid, nic.mirror_to, macs[nic.mirror_to, index])
 
 
 def _gateway(network: NetworkSpec, family: str) -> str | None:

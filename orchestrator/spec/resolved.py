@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -41,6 +41,9 @@ class ResolvedNic(Part):
     rate_in: int = 0
     mirror: str | None = None
     """Tap of the NIC that gets a copy of what this one sends and receives."""
+
+    POLICY: ClassVar = ("group", "isolated", "vlan", "trunk", "rate_out", "rate_in", "mirror")
+    """What only the switch knows of: the guest's own device is the same, whatever these are."""
 
     @property
     def addresses(self) -> list[str]:

@@ -21,7 +21,7 @@ from orchestrator.spec.base import Part, format_size
 from orchestrator.spec.load import load
 from orchestrator.spec.model import LabSpec
 from orchestrator.spec.schema import schema
-from orchestrator.switch.model import NetworkSpec, NicSpec
+from orchestrator.switch.model import NetworkSpec, NicSpec, RuleSpec
 
 TOP = Path(__file__).parents[2]
 PAGE = (TOP / "docs" / "lab-file.md").read_text()
@@ -35,6 +35,7 @@ TABLES: dict[str, type[Part]] = {
     "Disks of a Vagrant host": HostDisk,
     "The underlay": Underlay,
     "Networks": NetworkSpec,
+    "Rules": RuleSpec,
     "Images": ImageSpec,
     "Guests": GuestSpec,
     "Memory": MemorySpec,
