@@ -13,6 +13,11 @@
 #define REFUSE(reason) ((reason) + 1)
 #define MAX_EXTENSIONS 8
 
+#define ICMP_REPLY 0
+#define ICMP_REQUEST 8
+#define ICMPV6_REQUEST 128
+#define ICMPV6_REPLY 129
+
 #define IPV4_MORE 0x2000
 #define IPV4_OFFSET 0x1fff
 #define IPV6_MORE 0x0001
@@ -111,6 +116,31 @@ static __always_inline int parse_ipv6(struct frame *f)
 	return skip_extensions(f);
 }
 
+/*
+ * ICMP has no ports. An echo request gets its identifier as the sender's, and a reply as the receiver's, so that a reply
+ * is what answers a request and a request never is.
+ */
+static __always_inline int parse_icmp(struct frame *f)
+{
+	struct {
+		__u8 type, code;
+		__u16 checksum, id;
+	} header = {};
+
+	if (bpf_skb_load_bytes(f->skb, f->l4, &header, sizeof(header)) &&
+	    bpf_skb_load_bytes(f->skb, f->l4, &header, 1))
+		return REFUSE(DROP_MALFORMED);
+	f->icmp = header.type;
+	f->from_port = f->to_port = bpf_htons(header.type);
+	if (header.type == (f->family == 4 ? ICMP_REQUEST : ICMPV6_REQUEST)) {
+		f->from_port = header.id;
+	} else if (header.type == (f->family == 4 ? ICMP_REPLY : ICMPV6_REPLY)) {
+		f->from_port = bpf_htons(f->family == 4 ? ICMP_REQUEST : ICMPV6_REQUEST);
+		f->to_port = header.id;
+	}
+	return 0;
+}
+
 /* The type of an ICMP message, and the ports of what has some. */
 static __always_inline int parse_transport(struct frame *f)
 {
@@ -121,7 +151,7 @@ static __always_inline int parse_transport(struct frame *f)
 	switch (f->protocol) {
 	case IPPROTO_ICMP:
 	case IPPROTO_ICMPV6:
-		return bpf_skb_load_bytes(f->skb, f->l4, &f->icmp, 1) ? REFUSE(DROP_MALFORMED) : 0;
+		return parse_icmp(f);
 	case IPPROTO_TCP:
 	case IPPROTO_UDP:
 	case IPPROTO_UDPLITE:

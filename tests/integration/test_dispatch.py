@@ -13,6 +13,7 @@ from ipaddress import IPv6Address
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_Router_Alert
 from scapy.layers.inet6 import (
+    ICMPv6EchoReply,
     ICMPv6EchoRequest,
     ICMPv6ND_NA,
     ICMPv6ND_NS,
@@ -463,6 +464,26 @@ def test_answers_to_what_was_allowed_pass_and_nothing_else(ruled: Callable[..., 
 
     assert (before, after, other, error) == ("drop rule", TO_ANN, "drop rule", TO_ANN)
     assert changed == "drop rule", "what earlier rules allowed is looked at again"
+
+
+@pytest.mark.parametrize(
+    ("question", "reply"),
+    [
+        (v4() / ICMP(type=8, id=5), v4(BOB, ANN) / ICMP(type=0, id=5)),
+        (v6() / ICMPv6EchoRequest(id=5), v6(BOB, ANN) / ICMPv6EchoReply(id=5)),
+    ],
+    ids=["ipv4", "ipv6"],
+)
+def test_echo_reply_answers_a_request_and_a_request_never_does(
+    ruled: Callable[..., World], question: Packet, reply: Packet
+) -> None:
+    switch = ruled(rule(True, f"nic {mac(ANN)}", f"nic {mac(BOB)}"), rule(False))
+    asked = v4(BOB, ANN) / ICMP(type=8, id=5) if IP in question else v6(BOB, ANN) / ICMPv6EchoRequest(id=5)
+
+    switch.run(tap(ANN), question)
+
+    assert str(switch.give(tap(BOB), reply)) == TO_ANN
+    assert str(switch.give(tap(BOB), asked)) == "drop rule"
 
 
 def test_later_fragments_pass_when_their_first_did(ruled: Callable[..., World]) -> None:
