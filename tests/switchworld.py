@@ -7,6 +7,7 @@ program by hand (``BPF_PROG_TEST_RUN``), and what it would do with them is read 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from orchestrator.switch.layout import REASONS, TRACE_MARK, Fate, Verdict, index
 from orchestrator.switch.membership import Listed, Membership
 
 UID = "0d15ba7c"
+_numbers = itertools.count()
 HERE, THERE = "10.213.0.2", "10.213.0.3"
 GATEWAY = "02:49:50:00:00:01"
 VXLAN = "ox-00000077"
@@ -144,7 +146,7 @@ def world(*listed: Listed, kind: type[Any] = World, forward: str = "all", **sett
     """:param kind: class of what is yielded.
     :param settings: of the network.
     """
-    name = f"orc-switch-{os.getpid()}"
+    name = f"orc-switch-{os.getpid()}-{next(_numbers)}"
     netns.create(name)
     try:
         netns.pushns(name)

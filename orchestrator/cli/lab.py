@@ -196,11 +196,16 @@ def conclude(outcome: Outcome, made: Plan) -> None:
         )
 
 
-def _say_accelerators(outcome: Outcome) -> None:
-    """Once for each reason: which hosts are emulated or not, and which hosts' guests do not run under KVM."""
+SAYING = {"host.ensure", "network.ensure", *NEEDS_KEYS}
+"""Methods whose result is what the user has to know, if anything."""
+
+
+def _say_what_hosts_lack(outcome: Outcome) -> None:
+    """Once for each reason: which hosts are emulated or not, which hosts' guests do not run under KVM, which cannot
+    have the switch."""
     hosts: dict[str, list[str]] = {}
     for operation in outcome.done:
-        if operation.method in {"host.ensure", *NEEDS_KEYS} and (reason := outcome.results.get(operation.id)):
+        if operation.method in SAYING and (reason := outcome.results.get(operation.id)):
             hosts.setdefault(str(reason), []).append(operation.host)
     for reason, names in hosts.items():
         output.note(f"{', '.join(sorted(set(names)))}: {reason}")
@@ -235,7 +240,7 @@ def up(
         cleared = {operation.host for operation in outcome.done if operation.method == "host.remove"}
         former = {name: host for name, host in before.former_hosts.items() if name not in cleared}
         state.save(moving.lab.model_copy(update={"former_hosts": former}))
-        _say_accelerators(outcome)
+        _say_what_hosts_lack(outcome)
         conclude(outcome, made)
     output.note(
         f"lab {lab.lab} is up: "

@@ -22,6 +22,7 @@ from orchestrator.switch import bridge, dispatcher, links
 from orchestrator.switch.membership import Membership
 
 CONNECT_SECONDS = 10
+LOST = "senders are not checked, and rules, groups, VLANs, rates and mirrors do nothing"
 
 
 class NetworkService:
@@ -42,15 +43,20 @@ class NetworkService:
     def facts(self, call: Call) -> list[dict[str, Any]]:
         return [facts.to_json() for facts in dispatcher.observe(self._uid)]
 
-    def ensure(self, call: Call, **membership: Any) -> None:
+    def ensure(self, call: Call, **membership: Any) -> str | None:
+        """What the user has to know of how the network was made, if anything."""
         with self._lock:
-            self._ensure(Membership.from_json(membership))
+            return self._ensure(Membership.from_json(membership))
 
-    def _ensure(self, wanted: Membership) -> None:
-        if wanted.network.datapath == "bridge" or dispatcher.unavailable():
+    def _ensure(self, wanted: Membership) -> str | None:
+        if wanted.network.datapath == "bridge":
             bridge.ensure(self._uid, wanted)
+        elif lacks := dispatcher.unavailable():
+            bridge.ensure(self._uid, wanted)
+            return f"networks are bridged, as the switch cannot be had: {lacks}; {LOST}"
         else:
             dispatcher.ensure(self._uid, wanted)
+        return None
 
     def remove(self, call: Call, name: str) -> None:
         with self._lock:

@@ -21,10 +21,12 @@ from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from orchestrator.errors import NetworkError
+from orchestrator.hosts.rpc import Call
 from orchestrator.spec.resolved import ResolvedParty, ResolvedRule
-from orchestrator.switch import links
+from orchestrator.switch import dispatcher, links
 from orchestrator.switch.layout import REASONS, Counters, Flag, Pair, Place, Traffic, Where, index, packed, packed_mac
 from orchestrator.switch.membership import Listed
+from orchestrator.switch.service import NetworkService
 from tests.switchworld import HERE, UID, VXLAN, World, here, ip, mac, nic, tap, there, world
 
 pytestmark = pytest.mark.privileged
@@ -394,3 +396,42 @@ def test_full_table_is_said(wire: Wire) -> None:
     with pytest.raises(NetworkError, match="'rules' is full"):
         wire.change(rules=[ALLOW] * 4097)
     wire.change(rules=[])
+
+
+# -- hosts that cannot have it ---------------------------------------------------------------------------------------
+
+
+def test_host_without_ebpf_bridges_and_says_what_is_lost_and_is_switched_when_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = Call(lambda text: None)
+    with (
+        world(here("ann", ANN), here("bob", BOB), there("eve", EVE), kind=Wire) as made,
+        contextlib.ExitStack() as stack,
+    ):
+        ann, bob = Port(tap(ANN)), Port(tap(BOB))
+        stack.callback(os.close, ann.fd)
+        stack.callback(os.close, bob.fd)
+        service = NetworkService(UID)
+        forged = Ether(src=mac(ANN), dst=mac(BOB)) / IP(src="10.10.0.9", dst="10.10.0.3") / UDP()
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatcher, "unavailable", lambda: "Operation not permitted")
+            said = service.ensure(call, **made.wanted.to_json())
+            bridged = made.facts()
+            bob.send(Ether(src=mac(BOB), dst=mac(ANN)) / IP(src="10.10.0.3", dst="10.10.0.2") / UDP())
+            ann.receive()
+            ann.send(forged)
+            through = bob.receive_all()
+        again = service.ensure(call, **made.wanted.to_json())
+        switched = made.facts()
+        ann.send(forged)
+        stopped = bob.receive_all()
+
+    assert said is not None
+    assert "Operation not permitted; senders are not checked" in said
+    assert (bridged.datapath, bridged.lacks) == ("bridge", "Operation not permitted")
+    assert bytes(forged) in through
+    assert again is None
+    assert switched.datapath == "ebpf"
+    assert switched.listed.keys() == {mac(ANN), mac(BOB), mac(EVE)}
+    assert bytes(forged) not in stopped
