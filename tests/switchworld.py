@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from scapy.packet import Packet
 
 from orchestrator.spec.resolved import ResolvedNetwork, ResolvedNic
 from orchestrator.switch import bpf, dispatcher, links
-from orchestrator.switch.layout import REASONS, TRACE_MARK, Fate, Verdict, index
+from orchestrator.switch.layout import REASONS, TRACE_MARK, Counters, Fate, Verdict, index
 from orchestrator.switch.membership import Listed, Membership
 
 UID = "0d15ba7c"
@@ -87,6 +88,16 @@ class Seen:
 
     def __str__(self) -> str:
         return f"{self.fate.name.lower()} {self.where}".strip()
+
+
+def total(switch: dispatcher.Switch, link: int) -> Counters:
+    """The counters of a link, of all CPUs together."""
+    copies = [Counters.unpack(raw) for raw in switch.maps["counters_of"].each(index(link))]
+    reasons = [sum(each) for each in zip(*(tuple(one.dropped.values()) for one in copies), strict=True)]
+    fields = ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "answered")
+    sums = [sum(getattr(one, field) for one in copies) for field in fields]
+    seen = max(one.last_seen for one in copies)
+    return Counters(*sums, seen, struct.pack(f"<{len(REASONS)}Q", *reasons))
 
 
 class World:

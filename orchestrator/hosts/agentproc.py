@@ -123,7 +123,7 @@ def start(place: AgentPlace, prefix: Sequence[str] = (), options: Sequence[str] 
     paths.make_dir(place.run_dir)
     paths.make_dir(place.state_dir)
     with _starting(place):
-        if not (answers(place) and is_current(place)):
+        if not serves(place):
             _start(place, prefix, options)
 
 
@@ -196,6 +196,11 @@ def is_current(place: AgentPlace) -> bool:
     """The agent runs the code that we run."""
     owner = read_owner(place.run_dir)
     return owner is not None and owner.toolkit == installed_digest()
+
+
+def serves(place: AgentPlace) -> bool:
+    """There is a living agent that listens and runs the code that we run."""
+    return answers(place) and is_current(place)
 
 
 def end_process(pid: int, start: str, name: str) -> None:

@@ -180,6 +180,8 @@ class LocalTransport(SharedAgent):
         self.start_agent()
 
     def start_agent(self) -> None:
+        if agentproc.serves(self.place):
+            return  # calls may be under way
         self.forget_agent()
         agentproc.start(self.place, ["ip", "netns", "exec", self.namespace], ["--own-mounts"])
 

@@ -24,10 +24,10 @@ from orchestrator.errors import NetworkError
 from orchestrator.hosts.rpc import Call
 from orchestrator.spec.resolved import ResolvedParty, ResolvedRule
 from orchestrator.switch import dispatcher, links
-from orchestrator.switch.layout import REASONS, Counters, Flag, Pair, Place, Traffic, Where, index, packed, packed_mac
+from orchestrator.switch.layout import Counters, Flag, Pair, Place, Traffic, Where, index, packed, packed_mac
 from orchestrator.switch.membership import Listed
 from orchestrator.switch.service import NetworkService
-from tests.switchworld import HERE, UID, VXLAN, World, here, ip, mac, nic, tap, there, world
+from tests.switchworld import HERE, UID, VXLAN, World, here, ip, mac, nic, tap, there, total, world
 
 pytestmark = pytest.mark.privileged
 
@@ -75,12 +75,7 @@ class Wire(World):
     ports: dict[int, Port]
 
     def counters(self, link: str) -> Counters:
-        copies = [Counters.unpack(raw) for raw in self.switch.maps["counters_of"].each(index(self.indexes[link]))]
-        reasons = [sum(each) for each in zip(*(tuple(one.dropped.values()) for one in copies), strict=True)]
-        fields = ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "answered")
-        sums = [sum(getattr(one, field) for one in copies) for field in fields]
-        seen = max(one.last_seen for one in copies)
-        return Counters(*sums, seen, struct.pack(f"<{len(REASONS)}Q", *reasons))
+        return total(self.switch, self.indexes[link])
 
     def dropped(self, link: str) -> dict[str, int]:
         return {reason: count for reason, count in self.counters(link).dropped.items() if count}
