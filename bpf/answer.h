@@ -54,16 +54,6 @@ static __always_inline int answered(struct frame *f)
 	return tell(f, FATE_ANSWER, 0, f->skb->ifindex, bpf_redirect(f->skb->ifindex, 0));
 }
 
-/* Who is asked for; NULL where the asker may not talk to him, or there is nobody, or it is the asker himself. */
-static __always_inline struct place *wanted(struct frame *f)
-{
-	struct place *place = bpf_map_lookup_elem(&list, &f->to);
-
-	if (!place || place->ifindex == f->skb->ifindex || same_mac(place->mac, f->from_mac))
-		return NULL;
-	return may_talk(f, place) ? place : NULL;
-}
-
 /* Answer the ARP request `f`, whose sender has been looked at, and whose target is in f->to. */
 static __always_inline int answer_arp(struct frame *f, struct place *place)
 {

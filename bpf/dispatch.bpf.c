@@ -258,13 +258,19 @@ static __always_inline int announce_there(struct frame *f)
 	return tell(f, FATE_NONE, 0, 0, TC_ACT_SHOT);
 }
 
+/* Drop a frame between two who may not talk to each other. */
+static __always_inline int drop_apart(struct frame *f, const struct place *place)
+{
+	return drop(f, f->vlan == place->vlan || place->flags & TRUNK ? DROP_ISOLATED : DROP_VLAN);
+}
+
 /* To whom the list says, if the two may talk. */
 static __always_inline int to_place(struct frame *f, struct place *place, const __u8 *from_mac)
 {
 	int refused;
 
 	if (!may_talk(f, place))
-		return drop(f, f->vlan == place->vlan || place->flags & TRUNK ? DROP_ISOLATED : DROP_VLAN);
+		return drop_apart(f, place);
 	refused = ask_rules(f, place->mac, place->group);
 	if (refused)
 		return drop(f, refused - 1);
@@ -315,8 +321,10 @@ static __always_inline int arp_of_guest(struct frame *f, struct nic *nic)
 	count_sent(f);
 	if (f->to.address.word[3] == nic->ip4)
 		return tell(f, FATE_NONE, 0, 0, TC_ACT_SHOT); /* it asks whether its address is taken: nobody says so */
-	place = wanted(f);
-	return place ? answer_arp(f, place) : drop(f, DROP_NO_DESTINATION);
+	place = bpf_map_lookup_elem(&list, &f->to);
+	if (!place)
+		return drop(f, DROP_NO_DESTINATION);
+	return may_talk(f, place) ? answer_arp(f, place) : drop_apart(f, place);
 }
 
 /* Neighbour discovery of a guest: what it asks is answered, and it may tell nobody anything. */
@@ -342,8 +350,10 @@ static __always_inline int nd_of_guest(struct frame *f, struct nic *nic)
 			return tell(f, FATE_NONE, 0, 0, TC_ACT_SHOT);
 		return drop(f, DROP_ND);
 	}
-	place = wanted(f);
-	return place ? answer_nd(f, place) : drop(f, DROP_NO_DESTINATION);
+	place = bpf_map_lookup_elem(&list, &f->to);
+	if (!place)
+		return drop(f, DROP_NO_DESTINATION);
+	return may_talk(f, place) ? answer_nd(f, place) : drop_apart(f, place);
 }
 
 static __always_inline bool is_nd(const struct frame *f)

@@ -89,7 +89,8 @@ static __always_inline bool is_known(struct frame *f, const struct flow *flow, _
 
 	if (!state || state->generation != f->network->generation || now - state->last_seen > lifetime)
 		return false;
-	state->last_seen = now;
+	if (!f->traced)
+		state->last_seen = now;
 	return true;
 }
 

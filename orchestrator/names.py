@@ -75,6 +75,11 @@ def mac(*parts: str) -> str:
     return ":".join(f"{byte:02x}" for byte in raw)
 
 
+def vhost_socket(run_dir: Path, tap: str) -> Path:
+    """Where QEMU finds a NIC that is served by vhost-user."""
+    return run_dir / f"{tap}.vu"
+
+
 def runtime_dir(uid: str, host: str) -> Path:
     """Sockets and libvirt root of one host of one lab; short, because a socket's path has 107 bytes."""
     return paths.runtime() / digest(uid, host)

@@ -64,6 +64,13 @@ def bpf() -> Path:
     return _shipped("bpf")
 
 
+def dataplane() -> Path:
+    """The folder of the compiled programs that guests wait for."""
+    package = Path(__file__).parent
+    installed = package / "_dataplane"
+    return installed if installed.is_dir() else package.parent / "dataplane" / "bin"
+
+
 def vagrant() -> Path:
     """The folder of the Vagrantfile."""
     return _shipped("vagrant")

@@ -111,7 +111,9 @@ def serve(args: argparse.Namespace) -> None:
     server = Server()
     listener = socket.socket(fileno=args.fd)
     HostService(identity, state_dir).register(server)
-    NetworkService(args.uid).register(server)
+    networks = NetworkService(args.uid, run_dir, state_dir)
+    networks.register(server)
+    networks.resume()
     ImageService().register(server)
     prefix = f"{args.lab}." if args.libvirt == "system" else ""
     GuestService(identity, _libvirt_uri(args.libvirt, run_dir), state_dir, prefix).register(server)

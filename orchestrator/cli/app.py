@@ -59,9 +59,9 @@ def options(
 
 
 def _register() -> None:
-    from orchestrator.cli import box, guest, host, image, lab, read, tools
+    from orchestrator.cli import box, guest, host, image, lab, read, switch, tools
 
-    for module in (lab, read, guest, host, image, box, tools):
+    for module in (lab, read, guest, host, switch, image, box, tools):
         module.register(app)
 
 

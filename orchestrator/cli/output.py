@@ -7,11 +7,13 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from ruamel.yaml import YAML
@@ -56,6 +58,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def watch(look: Callable[[], RenderableType], every: float) -> NoReturn:
+    """Show what ``look`` gives again and again until Ctrl-C: in its place on a terminal, else one below the other.
+
+    :param every: seconds between two looks.
+    """
+    if stdout.is_terminal:
+        with Live(look(), console=stdout, screen=True) as live:
+            while True:
+                time.sleep(every)
+                live.update(look(), refresh=True)
+    while True:
+        stdout.print(look())
+        time.sleep(every)
 
 
 def good(text: str) -> str:

@@ -10,13 +10,22 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
-from rich.live import Live
 
 from orchestrator import reach as reachability
 from orchestrator import render
 from orchestrator.cli import output
 from orchestrator.cli.output import Format
-from orchestrator.cli.session import FileOption, GuestSession, LabOption, OutputOption, current, transports, wished
+from orchestrator.cli.session import (
+    EveryOption,
+    FileOption,
+    GuestSession,
+    LabOption,
+    OutputOption,
+    WatchOption,
+    current,
+    transports,
+    wished,
+)
 from orchestrator.errors import HostError, NotFoundError
 from orchestrator.hosts.opening import reached_by_ssh
 from orchestrator.hosts.transport import client
@@ -106,24 +115,16 @@ def status(
     file: FileOption = None,
     lab_name: LabOption = None,
     output_format: OutputOption = Format.TABLE,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = 2.0,
+    watch: WatchOption = False,
+    every: EveryOption = 2.0,
 ) -> None:
     """Show the hosts and guests of a lab as they are now."""
     lab, _ = current(file, lab_name)
+    if watch and output_format is Format.TABLE:
+        output.watch(lambda: _tables(lab, _status(lab)[1]), every)
     observed, data = _status(lab)
     if output_format is not Format.TABLE:
         output.data(data, output_format)
-    elif watch and output.stdout.is_terminal:
-        with Live(_tables(lab, data), console=output.stdout, screen=True) as live:
-            while True:
-                time.sleep(every)
-                live.update(_tables(lab, _status(lab)[1]), refresh=True)
-    elif watch:
-        while True:
-            output.stdout.print(_tables(lab, data))
-            time.sleep(every)
-            data = _status(lab)[1]
     else:
         output.stdout.print(_tables(lab, data))
     problems = [host.problem for host in observed.hosts.values() if host.problem]

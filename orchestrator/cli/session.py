@@ -60,6 +60,8 @@ LabOption = Annotated[
 OutputOption = Annotated[
     Format, typer.Option("--output", "-o", envvar="ORCHESTRATOR_OUTPUT", help="How to print the result.")
 ]
+WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again until Ctrl-C.")]
+EveryOption = Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")]
 HostArgument = Annotated[str, typer.Argument(help="Name of the host.", autocompletion=complete_hosts)]
 GuestArgument = Annotated[str, typer.Argument(help="Name of the guest.", autocompletion=complete_guests)]
 

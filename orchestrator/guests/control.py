@@ -102,8 +102,10 @@ def _compare_nics(wish: ResolvedGuest, facts: GuestFacts, live: list[str], resta
         if mac not in facts.nics:
             live.append(f"NIC {mac} on {nic.network}: plugged")
         elif mac in before:
-            device = nic.model_dump(mode="json", exclude=set(ResolvedNic.POLICY))
-            restart += _changed_fields(f"NIC {mac}", before[mac], device)
+            old, new = ResolvedNic.model_validate(before[mac]), nic
+            policy = set(ResolvedNic.POLICY)
+            dumps = (each.model_dump(mode="json", exclude=policy) for each in (old, new))
+            restart += _changed_fields(f"NIC {mac}", *dumps)
 
 
 def _compare_disks(wish: ResolvedGuest, facts: GuestFacts, live: list[str], recreate: list[str]) -> None:

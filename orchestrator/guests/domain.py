@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from orchestrator import paths
+from orchestrator import names, paths
 from orchestrator.errors import GuestError
 from orchestrator.spec.resolved import ResolvedDisk, ResolvedGuest, ResolvedNic
 
@@ -107,8 +107,9 @@ def guest_uuid(uid: str, name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{NAMESPACE}:{uid}:{name}"))
 
 
-def interface_xml(nic: ResolvedNic) -> str:
-    return _templates().get_template("interface.xml.j2").render(nic=nic)
+def interface_xml(nic: ResolvedNic, identity: Identity) -> str:
+    socket = names.vhost_socket(names.runtime_dir(identity.uid, identity.host), nic.tap)
+    return _templates().get_template("interface.xml.j2").render(nic=nic, socket=str(socket))
 
 
 def disk_target(serial: str, bus: str, index: int) -> str:
@@ -191,7 +192,7 @@ def render(
             console_log=str(folder / CONSOLE_LOG),
             pcie_ports=devices + guest.hotplug_slots,
             disks=[Markup(disk) for disk in disks],
-            interface=lambda nic: Markup(interface_xml(nic)),
+            interface=lambda nic: Markup(interface_xml(nic, identity)),
         )
     )
 

@@ -467,7 +467,7 @@ class GuestService(Guests):
         for mac, nic in wanted.items():
             if mac not in view.nics:
                 call.progress(f"plugging NIC {mac}")
-                dom.attachDeviceFlags(domain.interface_xml(nic), _LIVE_AND_LATER)
+                dom.attachDeviceFlags(domain.interface_xml(nic, self.identity), _LIVE_AND_LATER)
                 if view.agent_connected:
                     self._configure_nic(call, dom, nic)
 

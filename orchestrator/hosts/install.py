@@ -39,7 +39,7 @@ from orchestrator.run import run
 
 MACHINE = "x86_64"
 LOCK = "requirements-host.lock"
-SOURCES = ("ansible", "bpf", "orchestrator", "templates", "vagrant")
+SOURCES = ("ansible", "bpf", "dataplane/bin", "orchestrator", "templates", "vagrant")
 OLDEST_PYTHON = (3, 11)
 KEEP_SECONDS = 24 * 3600
 

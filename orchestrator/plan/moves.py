@@ -58,6 +58,8 @@ def hindrance(lab: ResolvedLab, observed: ObservedLab, facts: GuestFacts) -> str
             return f"host {name} has no libvirtd"
     if not facts.is_on:
         return f"it is {facts.state}"
+    if any(nic.get("vhost_user") for nic in facts.wish.get("nics", [])) or any(nic.vhost_user for nic in wish.nics):
+        return "a NIC of it is served by vhost-user"
     difference = compare(wish, facts, observed.images)
     if difference.recreate:
         return "its disk is made anew"

@@ -142,8 +142,17 @@ class _Checks:
                     addresses.append(((nic.network, address), keys))
                     self._fits(address, nic.network, keys)
             self._mirrors(nic, at)
+            self._device(nic, at)
         self._unique(addresses)
         self._unique((nic.mac, (*at, "mac")) for nic, at in nics if nic.mac)
+
+    def _device(self, nic: NicSpec, at: Keys) -> None:
+        network = self.spec.networks.get(nic.network)
+        vhost_user = network is not None and network.datapath == "vhost-user"
+        if vhost_user and nic.model != "virtio":
+            self._wrong((*at, "model"), "virtio, which alone has virtqueues for `datapath: vhost-user`")
+        if network is not None and not vhost_user and nic.queues > 1:
+            self._wrong((*at, "queues"), f"1, unless networks.{nic.network} has `datapath: vhost-user`")
 
     def _mirrors(self, nic: NicSpec, at: Keys) -> None:
         """Who is to get copies must be there, be willing, and be on the same host."""

@@ -297,6 +297,8 @@ def _guest(
                 rate_out=nic.rate_out or 0,
                 rate_in=nic.rate_in or 0,
                 mirror=_mirror(nic, spec, uid, macs),
+                queues=nic.queues,
+                vhost_user=network.datapath == "vhost-user",
             )
         )
     return ResolvedGuest(

@@ -39,6 +39,9 @@ class ResolvedNic(Part):
     rate_out: int = 0
     """Bits per second that the guest may send; 0: as many as it can."""
     rate_in: int = 0
+    queues: int = 1
+    vhost_user: bool = False
+    """QEMU gives it to a process of the host, and not to its tap itself."""
     mirror: str | None = None
     """Tap of the NIC that gets a copy of what this one sends and receives."""
 
@@ -123,7 +126,7 @@ class ResolvedNetwork(Part):
     gateway6: str | None
     gateway_mac: str
     uplink: bool
-    datapath: Literal["ebpf", "bridge"]
+    datapath: Literal["ebpf", "bridge", "vhost-user"]
     hosts: list[str]
     multicast: Literal["drop", "flood"] = "drop"
     rules: list[ResolvedRule] = []

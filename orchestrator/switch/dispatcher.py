@@ -139,6 +139,11 @@ class Switch:
             self._programs[name] = self._object.program(name)
         return self._programs[name]
 
+    def sitting_at(self, link: int, direction: int) -> int | None:
+        """A file descriptor of the program that sits at a link, for the caller to close; None where none does."""
+        found = filters.find(self._ip, link, direction, self._label)
+        return bpf.program_by_id(found.program) if found else None
+
     def detach(self, link: int, direction: int) -> None:
         filters.detach(self._ip, link, direction, self._label)
 
@@ -264,7 +269,7 @@ def _observe_network(
     facts.datapath = "ebpf"
     facts.multicast = "flood" if entry.flags & Flag.FLOOD else "drop"
     facts.rules = rules.digest(switch.rules_of(entry))
-    hosts = _hosts(ip, entry.vxlan)
+    hosts = hosts_behind(ip, entry.vxlan)
     taps = {link["index"]: link.get("ifname") for link in found}
     trunks: dict[bytes, list[int]] = {}
     for member in map(Member.unpack, switch.maps["trunks"].all_keys()):
@@ -306,7 +311,7 @@ def _rate(switch: Switch, place: Place, direction: int) -> int:
     return Bucket.unpack(raw).rate if raw and place.flags & Flag.LIMITED else 0
 
 
-def _hosts(ip: IPRoute, vxlan: int) -> dict[str, str]:
+def hosts_behind(ip: IPRoute, vxlan: int) -> dict[str, str]:
     """MAC → underlay address of its host, as the VXLAN knows."""
     if not vxlan:
         return {}
@@ -317,7 +322,7 @@ def _hosts(ip: IPRoute, vxlan: int) -> dict[str, str]:
     }
 
 
-def ensure(uid: str, wanted: Membership) -> None:
+def ensure(uid: str, wanted: Membership) -> links.Plugged:
     """Make the network on this host as ``wanted``; nothing that is right already is touched.
 
     :raise TakenError: a link of a name that we need is somebody else's.
@@ -346,6 +351,7 @@ def ensure(uid: str, wanted: Membership) -> None:
                     if link.get("master") or link.get("mtu") != network.mtu or link.get("state") != "up":
                         ip.link("set", index=link["index"], master=0, mtu=network.mtu, state="up")
             _uplinks(ip, switch, found, wanted)
+    return links.Plugged(net, taps)
 
 
 def _write(switch: Switch, wanted: Membership, net: int, vxlan: int, made: tables.Tables) -> None:
@@ -418,7 +424,7 @@ def _room_for(switch: Switch, count: int) -> int:
 
 def _lead(ip: IPRoute, vxlan: int, hosts: Mapping[str, str]) -> None:
     """Tell the VXLAN which host each MAC is on."""
-    have = _hosts(ip, vxlan)
+    have = hosts_behind(ip, vxlan)
     for mac, host in hosts.items():
         if have.get(mac) != host:
             ip.fdb("replace", ifindex=vxlan, lladdr=mac, dst=host, state=_REACHABLE, flags=_SELF)

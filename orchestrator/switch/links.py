@@ -13,7 +13,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -27,6 +27,13 @@ VXLAN_PORT = 4789
 UPLINK = "uplink"  # the link of a local host that leads out of its namespace
 FLOOD = "00:00:00:00:00:00"
 _NODAD = 0x02
+
+
+class Plugged(NamedTuple):
+    """A network on this host: index of its gateway link, and of each tap, by name."""
+
+    gateway: int
+    taps: dict[str, int]
 
 
 @contextlib.contextmanager

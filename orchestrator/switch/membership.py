@@ -172,7 +172,7 @@ def differences(facts: NetworkFacts, wanted: Membership) -> list[str]:
         found.append(f"VNI: {facts.vni} → {network.vni}")
     if facts.datapath != network.datapath and not facts.lacks:
         found.append(f"datapath: {facts.datapath} → {network.datapath}")
-    elif facts.datapath == "ebpf":
+    elif facts.datapath != "bridge":
         found += _differences_of_switch(facts, wanted)
     return found
 

@@ -136,8 +136,10 @@ class NetworkSpec(Part):
         False, description="route between this network and the machine's other networks (never translated)"
     )
     bridge: LinkName | None = Field(None, description="name of the bridge on each host; default: generated")
-    datapath: Literal["ebpf", "bridge"] = Field(
-        "ebpf", description="what carries the datagrams: the switch, or a Linux bridge that checks nothing"
+    datapath: Literal["ebpf", "bridge", "vhost-user"] = Field(
+        "ebpf",
+        description="what carries the datagrams: the switch in the kernel; that, and a process that copies from "
+        "virtqueue to virtqueue; or a Linux bridge that checks nothing",
     )
     multicast: Literal["drop", "flood"] = Field("drop", description="multicast and broadcast of the guests")
     rules: list[RuleSpec] = Field([], description="the first that matches decides; what none matches is allowed")
@@ -160,6 +162,9 @@ class NicSpec(Part):
     ipv6: Ipv6 | None = Field(None, description="assigned if the network has IPv6 and this is absent")
     mac: Mac | None = Field(None, description="assigned if absent")
     model: Literal["virtio", "e1000e"] = Field("virtio", description="the device that the guest sees")
+    queues: Annotated[int, Field(ge=1, le=8), WHOLE] = Field(
+        1, description="pairs of queues; more than one where the datapath is vhost-user"
+    )
     group: Name | None = Field(None, description="talks only to NICs of its group, and to those of none")
     isolated: bool = Field(False, description="talks only to NICs that are in no group and not isolated")
     vlan: Vlan | None = Field(None, description="the VLAN of its untagged frames")

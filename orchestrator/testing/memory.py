@@ -18,20 +18,24 @@ import json
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from orchestrator.errors import CancelledError, GuestError, HostError, HostLostError, StateError
+from orchestrator.errors import CancelledError, GuestError, HostError, HostLostError, NotFoundError, StateError
 from orchestrator.guests.domain import GuestFacts, GuestImage
 from orchestrator.hosts.rpc import Call, Progress, Server, Stream
 from orchestrator.hosts.transport import HostFacts, SharedAgent
 from orchestrator.plan.operations import MIGRATE, ObservedHost, ObservedLab, Operation
 from orchestrator.spec.resolved import ResolvedGuest, ResolvedHost, ResolvedLab, ResolvedNic
 from orchestrator.switch import control as switch
-from orchestrator.switch import rules
+from orchestrator.switch import pcapng, rules
+from orchestrator.switch.layout import REASONS, mac_of
 from orchestrator.switch.membership import Membership, NetworkFacts
+from orchestrator.switch.stats import HOST, Counted, HostStats, NetworkStats, PairStats, PortStats
+from orchestrator.switch.trace import BRIDGE, Step
 
 OnCall = Callable[[str, Call, Mapping[str, Any]], None]
 
@@ -128,6 +132,9 @@ class MemoryHost:
     :ivar problem: set, the host does not answer, for this reason.
     :ivar on_call: sees ``(method, call, params)`` before each call of the agent is carried out.
     :ivar calls: the names of the calls that came, in order.
+    :ivar counted: what has gone through a tap; of those that are not in it, nothing.
+    :ivar talk: who has sent how much to whom.
+    :ivar frames: what a capture sees, at any tap.
     :ivar streams: this side of each connection; a restart of the host breaks them.
     """
 
@@ -142,6 +149,9 @@ class MemoryHost:
         self.links: dict[str, tuple[queue.SimpleQueue[bytes], queue.SimpleQueue[bytes]]] = {}
         self.on_call: OnCall = lambda method, call, params: None
         self.calls: list[str] = []
+        self.counted: dict[str, Counted] = {}
+        self.talk: list[PairStats] = []
+        self.frames: list[bytes] = []
         self.streams: list[socket.socket] = []
 
     def observed(self) -> ObservedHost:
@@ -159,7 +169,7 @@ class MemoryHost:
     def methods(self) -> dict[str, Callable[..., Any]]:
         """The calls by name."""
         found = {}
-        for kind in ("host", "network", "port", "guest", "migration"):
+        for kind in ("host", "network", "port", "switch", "guest", "migration"):
             for name in dir(self):
                 if name.startswith(f"{kind}_"):
                     found[name.replace("_", ".", 1)] = getattr(self, name)
@@ -170,6 +180,7 @@ class MemoryHost:
             server.register(method, partial(self._answer, method))
         server.register_stream("migration.receive", self._receive)
         server.register_stream("migration.link", self._link)
+        server.register_stream("switch.capture", self._capture)
 
     def _answer(self, method: str, call: Call, **params: Any) -> Any:
         return self.answer(method, call, params)
@@ -209,6 +220,87 @@ class MemoryHost:
                 _, _, mac = facts.ports.pop(tap, "").partition("/")
                 if facts.where(mac) == "":
                     del facts.listed[mac]
+
+    # -- the switch ----------------------------------------------------------------------------------------------
+
+    def switch_stats(self, call: Call, names: dict[str, str], pairs: bool = False) -> dict[str, Any]:
+        networks = [self._network_stats(facts) for facts in self.networks.values()]
+        return HostStats(time.monotonic(), networks, self.talk if pairs else None).to_json()
+
+    def _network_stats(self, facts: NetworkFacts) -> NetworkStats:
+        switched = facts.datapath != "bridge"
+        ports = []
+        for tap, port in facts.ports.items():
+            guest, _, mac = port.partition("/")
+            addresses = [word for word in facts.listed.get(mac, "").split() if {".", ":"} & set(word)]
+            counted = self.counted.get(tap, Counted())
+            ports.append(PortStats(guest, mac, tap, facts.name, addresses=addresses, counted=counted))
+        return NetworkStats(
+            network=facts.name,
+            bridge=facts.bridge,
+            datapath=facts.datapath,
+            lacks=facts.lacks,
+            mtu=facts.mtu,
+            gateway=facts.addresses,
+            gateway_mac=facts.mac,
+            uplink=facts.forwards,
+            multicast=facts.multicast,
+            rules=int(bool(facts.rules)) if switched else None,
+            listed=len(facts.listed) if switched else None,
+            vxlan=facts.vxlan,
+            peers=facts.peers,
+            ports=ports,
+            host=Counted(),
+            underlay=Counted() if facts.vxlan else None,
+        )
+
+    def switch_trace(
+        self, call: Call, network: str, tap: str | None, frame: str, names: dict[str, str]
+    ) -> dict[str, Any]:
+        """The frame goes to whom its destination MAC is; nothing else of it is looked at."""
+        facts = self.networks.get(network)
+        if facts is None:
+            raise NotFoundError(f"network {network} is not on this host")
+        if facts.datapath == "bridge":
+            return Step(
+                "bridge", BRIDGE, "a Linux bridge carries the network here: it lets everything pass"
+            ).to_json()
+        mac = mac_of(bytes.fromhex(frame)[:6])
+        guest, where = names.get(mac), facts.where(mac)
+        if mac == facts.mac:
+            step = Step("ebpf", "host", "it goes to the host itself", receiver=HOST)
+        elif where == "":
+            link = next(tap for tap, port in facts.ports.items() if port.endswith(f"/{mac}"))
+            step = Step("ebpf", "guest", f"it goes to guest {guest} by its tap {link}", link=link, receiver=guest)
+        elif where and tap is not None:
+            next_ = f"it goes to guest {guest} on {names.get(where, where)}, by the VXLAN"
+            step = Step("ebpf", "underlay", next_, link=facts.vxlan, receiver=guest, to_host=where, frame=frame)
+        else:
+            meaning = REASONS["no_destination"]
+            step = Step("ebpf", "drop", f"it is dropped: {meaning}", reason="no_destination", meaning=meaning)
+        return step.to_json()
+
+    def _capture(
+        self,
+        open_stream: Callable[[], Stream],
+        guest: str,
+        tap: str,
+        snap: int,
+        count: int | None,
+        seconds: float | None,
+    ) -> None:
+        """:attr:`frames`, one after the other from and to the guest; then it waits for the client, unless a limit is
+        given."""
+        self.calls.append("switch.capture")
+        if not any(tap in facts.ports for facts in self.networks.values()):
+            raise NotFoundError(f"guest {guest} has no tap {tap} on this host")
+        stream, frames = open_stream(), self.frames[:count]
+        stream.sendall(pcapng.section("memory") + pcapng.interface(tap, f"guest {guest}", snap))
+        for number, frame in enumerate(frames):
+            stream.sendall(pcapng.packet(number, frame[:snap], len(frame), outbound=bool(number % 2)))
+        if count is None and seconds is None:
+            stream.recv(1)
+        stream.sendall(pcapng.statistics(len(frames), len(frames), 0, "ended"))
 
     # -- guests --------------------------------------------------------------------------------------------------
 

@@ -222,7 +222,7 @@ OUT_OF_GUESTS: dict[str, tuple[Packet | bytes, str]] = {
     "to an isolated guest": (v4(receiver=LONELY) / UDP(), f"guest {tap(LONELY)}"),
     "to a guest in a group": (v4(receiver=RED) / UDP(), f"guest {tap(RED)}"),
     "to another vlan": (v4(receiver=VEE) / UDP(), "drop vlan"),
-    "arp for another vlan": (arp(target=VEE), "drop no_destination"),
+    "arp for another vlan": (arp(target=VEE), "drop vlan"),
 }
 
 

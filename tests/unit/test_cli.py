@@ -121,6 +121,7 @@ def test_commands_are_those_that_are_documented() -> None:
         "image", "image list", "image build", "image prune", "box", "box list", "box build", "box prune",
         "host", "host list", "host facts", "host doctor", "host provision", "host snapshot", "host snapshot save",
         "host snapshot restore", "host snapshot list", "host snapshot delete", "doctor", "schema",
+        "switch", "switch show", "switch ports", "switch stats", "switch trace", "switch capture",
     }  # fmt: skip
 
 
@@ -697,6 +698,8 @@ def test_completion_survives_a_damaged_state(places: Path) -> None:
         ("orchestrator st", {"status", "start", "stop"}),
         ("orchestrator snapshot ", {"save", "restore", "list", "delete"}),
         ("orchestrator console e", {"eve"}),
+        ("orchestrator switch trace ann b", {"bob"}),
+        ("orchestrator switch ", {"show", "ports", "stats", "trace", "capture"}),
         ("orchestrator status --lab ", {"demo"}),
         ("orchestrator graph --format ", {"mermaid", "dot", "svg"}),
     ],
