@@ -382,7 +382,8 @@ class _Planner:
             facts, nics, disks = moves.without_unplugged(wish, source)
             unplugged = self._unplug(source, nics, disks)
         ports = self._ports(wish)
-        before = [f"host {host}", f"image {wish.image}", *self._concluded(wish.name)]
+        networks = dict.fromkeys(f"network {nic.network} on {host}" for nic in wish.nics)
+        before = [f"host {host}", f"image {wish.image}", *networks, *self._concluded(wish.name)]
         needs = self._those([*before, *(f"guest {wish.name} off {elsewhere}" for elsewhere in self.observed.hosts)])
         needs += unplugged + ports
         if source:

@@ -283,7 +283,7 @@ def _guest(
             ResolvedNic(
                 network=nic.network,
                 mac=mac,
-                tap=names.link("t", uid, name, mac),
+                tap=_tap(spec, uid, name, nic, mac),
                 model=nic.model,
                 mtu=_mtu(network, spec),
                 ipv4=addresses.get((name, index, "ipv4")),
@@ -332,7 +332,13 @@ def _mirror(nic: NicSpec, spec: LabSpec, uid: str, macs: Mapping[tuple[str, int]
         return None
     there = spec.guests[nic.mirror_to].nics
     index = next(index for index, each in enumerate(there) if each.network == nic.network and each.takes_mirror)
-    return names.link("t", uid, nic.mirror_to, macs[nic.mirror_to, index])
+    return _tap(spec, uid, nic.mirror_to, there[index], macs[nic.mirror_to, index])
+
+
+def _tap(spec: LabSpec, uid: str, guest: str, nic: NicSpec, mac: str) -> str:
+    """One that QEMU has and one that somebody else has for it are two: the guest is restarted in between."""
+    served = spec.networks[nic.network].datapath == "vhost-user"
+    return names.link("v" if served else "t", uid, guest, mac)
 
 
 def _gateway(network: NetworkSpec, family: str) -> str | None:

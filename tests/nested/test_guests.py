@@ -38,6 +38,14 @@ def test_guests_reach_each_other_across_hosts_by_both_families(lab: Lab) -> None
     assert all(one["milliseconds"] is not None and one["across_hosts"] for one in found)
 
 
+def test_networks_are_switched_on_the_kernels_of_the_hosts(lab: Lab) -> None:
+    shown = lab.json("switch", "show")
+    traced = lab.json("switch", "trace", "ann", "eve")
+
+    assert [network["datapath"] for host in shown for network in host["networks"]] == ["ebpf", "ebpf"]
+    assert [step["fate"] for step in traced["steps"]] == ["underlay", "guest"]
+
+
 def test_full_size_datagrams_cross_the_hosts_unfragmented(lab: Lab) -> None:
     assert "2 packets received" in lab.exec("ann", "ping", "-c", "2", "-W", "10", "-s", "1472", "10.10.0.3")
 
