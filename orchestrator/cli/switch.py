@@ -270,6 +270,9 @@ def _policy(port: Mapping[str, Any]) -> Iterator[str]:
             yield f"{word} {_bits(rate)}"
     if port["mirror"]:
         yield f"mirror to {port['mirror']}"
+    if served := port["vhost_user"]:
+        state = f": {served['failed']}" if served["failed"] else "" if served["connected"] else ", not connected"
+        yield f"vhost-user{state}"
 
 
 # -- stats -----------------------------------------------------------------------------------------------------------

@@ -120,7 +120,8 @@ class NetworkService:
 
     def stats(self, call: Call, names: dict[str, str], pairs: bool = False) -> dict[str, Any]:
         """:param names: MAC → guest, of all guests of the lab."""
-        return stats.read(self._uid, names, with_pairs=pairs).to_json()
+        found = stats.read(self._uid, names, with_pairs=pairs)
+        return stats.with_copied(found, self._vswitch.stats()).to_json()
 
     def trace(self, call: Call, network: str, tap: str | None, frame: str, names: dict[str, str]) -> dict[str, Any]:
         """As :func:`trace.run <orchestrator.switch.trace.run>`, with the frame in hexadecimal."""

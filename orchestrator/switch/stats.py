@@ -79,6 +79,8 @@ class PortStats:
     :ivar rate_out: bits per second; 0: no limit.
     :ivar mirror: guest that gets copies.
     :ivar overruns: frames for the guest that it did not take in time, or while nobody was there to take them.
+    :ivar vhost_user: of a NIC that a process serves: whether QEMU is connected, why it is not served, and frames that
+        went by the switch, or found no room, or could not be read. None: it is none.
     """
 
     guest: str
@@ -95,6 +97,7 @@ class PortStats:
     rate_in: int = 0
     mirror: str | None = None
     overruns: int = 0
+    vhost_user: dict[str, Any] | None = None
     counted: Counted = field(default_factory=Counted)
 
     def to_json(self) -> dict[str, Any]:
@@ -171,6 +174,64 @@ class HostStats:
             "networks": [network.to_json() for network in self.networks],
             "pairs": None if self.pairs is None else [pair.to_json() for pair in self.pairs],
         }
+
+
+# -- beside the switch -----------------------------------------------------------------------------------------------
+
+_SERVED = ("connected", "failed", "slow_packets", "dropped_full", "dropped_malformed")
+
+
+def with_copied(stats: HostStats, told: Mapping[str, Any]) -> HostStats:
+    """``stats`` with what the vhost-user process has copied from guest to guest.
+
+    :param told: as :meth:`Vswitch.stats <orchestrator.switch.vswitch.Vswitch.stats>` gives it; empty: there is none.
+    """
+    if not told:
+        return stats
+    now = int(stats.clock * 1e9)
+    networks = [
+        replace(network, ports=[_with_copied(port, told["ports"].get(port.tap), now) for port in network.ports])
+        for network in stats.networks
+    ]
+    networks = [
+        replace(network, datapath="vhost-user") if any(port.vhost_user for port in network.ports) else network
+        for network in networks
+    ]
+    return replace(stats, networks=networks, pairs=_pairs_with_copied(stats, told["pairs"], now))
+
+
+def _with_copied(port: PortStats, told: Mapping[str, Any] | None, now: int) -> PortStats:
+    if told is None:
+        return port
+    seen = [port.counted.last_seen_seconds_ago, _ago(told["last_seen_ns"], now)]
+    counted = replace(
+        port.counted,
+        tx_packets=port.counted.tx_packets + told["tx_packets"],
+        tx_bytes=port.counted.tx_bytes + told["tx_bytes"],
+        rx_packets=port.counted.rx_packets + told["rx_packets"],
+        rx_bytes=port.counted.rx_bytes + told["rx_bytes"],
+        last_seen_seconds_ago=min((each for each in seen if each is not None), default=None),
+    )
+    return replace(port, vhost_user={name: told[name] for name in _SERVED}, counted=counted)
+
+
+def _pairs_with_copied(stats: HostStats, told: Sequence[Mapping[str, Any]], now: int) -> list[PairStats] | None:
+    if stats.pairs is None:
+        return None
+    known = {port.mac: (port.guest, network.network) for network in stats.networks for port in network.ports}
+    found = {(pair.sender_mac, pair.receiver_mac): pair for pair in stats.pairs}
+    for each in told:
+        key = sender, receiver = each["from"], each["to"]
+        (name, network), (other, _) = (known.get(mac, (None, None)) for mac in key)
+        before = found.get(key, PairStats(name, sender, other, receiver, network, 0, 0, None))
+        seen = [before.last_seen_seconds_ago, _ago(each["last_seen_ns"], now)]
+        found[key] = replace(
+            before,
+            packets=before.packets + each["packets"],
+            bytes=before.bytes + each["bytes"],
+            last_seen_seconds_ago=min((one for one in seen if one is not None), default=None),
+        )
+    return sorted(found.values(), key=lambda pair: (-pair.bytes, pair.sender_mac, pair.receiver_mac))
 
 
 # -- out of the tables -----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from orchestrator.switch.layout import (
     packed,
     packed_mac,
 )
-from orchestrator.switch.stats import Counted, NetworkStats, PortStats, Table
+from orchestrator.switch.stats import Counted, HostStats, NetworkStats, PairStats, PortStats, Table, with_copied
 
 NOW = 50_000_000_000
 MAC, OTHER_MAC, STRANGER = "02:00:00:00:00:02", "02:00:00:00:00:03", "02:de:ad:00:00:01"
@@ -196,3 +196,55 @@ def test_pairs_have_names_where_the_macs_are_known_the_busiest_first() -> None:
 
 def test_pair_that_has_made_room_for_another_one_is_left_out() -> None:
     assert stats.pairs(Fake().add(Pair(bytes(6), bytes(6)).pack()), {}, {}, NOW) == []
+
+
+# -- beside the switch -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_process_has_copied_is_added_to_what_the_switch_has_counted() -> None:
+    counted = Counted(tx_packets=1, tx_bytes=60, rx_packets=2, rx_bytes=120, last_seen_seconds_ago=9.0)
+    ann = PortStats("ann", "02:00:00:00:00:02", "tap2", "lan", counted=counted)
+    network = NetworkStats(
+        "lan", "b", "ebpf", None, 1500, [], "02:00:00:00:00:01", False, "drop", 0, 2, None, [], [ann], Counted(), None
+    )
+    pair = PairStats("ann", ann.mac, "bob", "02:00:00:00:00:03", "lan", 1, 60, 9.0)
+    told = {
+        "ports": {
+            "tap2": {
+                "connected": True,
+                "failed": None,
+                "tx_packets": 10,
+                "tx_bytes": 600,
+                "rx_packets": 20,
+                "rx_bytes": 1200,
+                "slow_packets": 1,
+                "dropped_full": 3,
+                "dropped_malformed": 0,
+                "last_seen_ns": 99_000_000_000,
+            }
+        },
+        "pairs": [
+            {"from": ann.mac, "to": "02:00:00:00:00:03", "packets": 10, "bytes": 600, "last_seen_ns": 99_000_000_000},
+            {
+                "from": "02:00:00:00:00:03",
+                "to": ann.mac,
+                "packets": 20,
+                "bytes": 1200,
+                "last_seen_ns": 98_000_000_000,
+            },
+        ],
+    }
+
+    made = with_copied(HostStats(100.0, [network], [pair]), told)
+
+    (port,) = made.networks[0].ports
+    assert made.networks[0].datapath == "vhost-user"
+    assert port.counted == Counted(11, 660, 22, 1320, last_seen_seconds_ago=1.0)
+    assert port.vhost_user is not None
+    assert (port.vhost_user["connected"], port.vhost_user["dropped_full"]) == (True, 3)
+    assert made.pairs is not None
+    assert [(each.sender, each.receiver, each.packets) for each in made.pairs] == [
+        (None, "ann", 20),
+        ("ann", "bob", 11),
+    ]
+    assert with_copied(HostStats(100.0, [network]), {}) == HostStats(100.0, [network])
