@@ -223,7 +223,7 @@ def _show(data: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 IDENTITY = (
     "host", "datapath", "guest", "network", "tap", "mac", "plugged", "addresses",
-    "vlan", "trunk", "group", "isolated", "rate_out", "rate_in", "mirror",
+    "vlan", "trunk", "group", "isolated", "rate_out", "rate_in", "mirror", "vhost_user",
 )  # fmt: skip
 
 
