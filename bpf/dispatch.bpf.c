@@ -287,6 +287,7 @@ static __always_inline bool begin(struct frame *f, __u16 *protocol)
 	struct ethhdr *eth;
 
 	f->traced = skb->mark == TRACE_MARK;
+	f->now = bpf_ktime_get_coarse_ns();
 	if (!readable(skb, ETH_SIZE))
 		return false;
 	eth = (void *)(long)skb->data;

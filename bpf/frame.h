@@ -33,6 +33,7 @@ struct frame {
 	__u8 hops; /* TTL, or hop limit */
 	bool fragmented, later; /* a fragment; one that is not the first */
 	bool traced;
+	__u64 now;      /* nanoseconds since boot */
 	__u32 fragment; /* identification */
 	__u32 rule;     /* number of the rule that decided, from 1 */
 };
@@ -101,7 +102,7 @@ static __always_inline void count_sent(struct frame *f)
 	if (f->counters && !f->traced) {
 		f->counters->tx_packets++;
 		f->counters->tx_bytes += f->skb->len;
-		f->counters->last_seen = bpf_ktime_get_coarse_ns();
+		f->counters->last_seen = f->now;
 	}
 }
 
@@ -125,9 +126,9 @@ static __always_inline void count_received(struct frame *f, __u32 ifindex, const
 	if (traffic) {
 		traffic->packets++;
 		traffic->bytes += f->skb->len;
-		traffic->last_seen = bpf_ktime_get_coarse_ns();
+		traffic->last_seen = f->now;
 	} else {
-		struct traffic first = { 1, f->skb->len, bpf_ktime_get_coarse_ns() };
+		struct traffic first = { 1, f->skb->len, f->now };
 
 		bpf_map_update_elem(&pairs, &pair, &first, BPF_ANY);
 	}

@@ -47,51 +47,109 @@ static __always_inline bool is_party(const struct party *party, const union addr
 	return true;
 }
 
-struct search {
-	struct frame *f;
-	const __u8 *to_mac;
-	__u32 to_group;
-	__u32 first;
-	__u32 found; /* number of the rule, from 1; 0: none */
-	bool allow;
+/* What the rules are asked, as plain data: the verifier then looks at them once, and not for each who asks. */
+struct question {
+	union address from, to;
+	__u8 from_mac[6], to_mac[6];
+	__u32 net, from_group, to_group;
+	__u32 first_rule, rules, generation;
+	__u32 id;    /* of a fragment's datagram */
+	__u32 found; /* number of the rule that decided, from 1; 0: none */
+	__u16 from_port, to_port;
+	__u8 family, protocol, icmp;
+	bool fragmented, later, traced, allow;
 };
 
 static long look_at_rule(__u32 number, void *context)
 {
-	struct search *search = context;
-	struct frame *f = search->f;
-	__u32 index = search->first + number;
+	struct question *asked = *(struct question **)context;
+	__u32 index = asked->first_rule + number;
 	struct rule *rule = bpf_map_lookup_elem(&rules, &index);
-	__u16 port = bpf_ntohs(f->to_port);
+	__u16 port = bpf_ntohs(asked->to_port);
 
 	if (!rule)
 		return 1;
-	if ((rule->family && rule->family != f->family) || (rule->protocol && rule->protocol != f->protocol) ||
-	    port < rule->low || port > rule->high || !is_party(&rule->from, &f->from, f->from_mac, f->from_group) ||
-	    !is_party(&rule->to, &f->to.address, search->to_mac, search->to_group))
+	if ((rule->family && rule->family != asked->family) || (rule->protocol && rule->protocol != asked->protocol) ||
+	    port < rule->low || port > rule->high ||
+	    !is_party(&rule->from, &asked->from, asked->from_mac, asked->from_group) ||
+	    !is_party(&rule->to, &asked->to, asked->to_mac, asked->to_group))
 		return 0;
-	search->found = number + 1;
-	search->allow = rule->allow;
+	asked->found = number + 1;
+	asked->allow = rule->allow;
 	return 1;
 }
 
-static __always_inline bool is_icmp_error(const struct frame *f)
+static __always_inline bool is_icmp_error(const struct question *asked)
 {
-	if (f->protocol == IPPROTO_ICMP && f->family == 4)
-		return f->icmp == 3 || f->icmp == 11 || f->icmp == 12;
-	return f->protocol == IPPROTO_ICMPV6 && f->icmp >= 1 && f->icmp <= 4;
+	if (asked->protocol == IPPROTO_ICMP && asked->family == 4)
+		return asked->icmp == 3 || asked->icmp == 11 || asked->icmp == 12;
+	return asked->protocol == IPPROTO_ICMPV6 && asked->icmp >= 1 && asked->icmp <= 4;
 }
 
-static __always_inline bool is_known(struct frame *f, const struct flow *flow, __u64 now)
+static __always_inline bool is_known(const struct question *asked, const struct flow *flow, __u64 now)
 {
 	struct flow_state *state = bpf_map_lookup_elem(&flows, flow);
-	__u64 lifetime = (f->protocol == IPPROTO_TCP ? TCP_SECONDS : OTHER_SECONDS) * NANOSECONDS;
+	__u64 lifetime = (asked->protocol == IPPROTO_TCP ? TCP_SECONDS : OTHER_SECONDS) * NANOSECONDS;
 
-	if (!state || state->generation != f->network->generation || now - state->last_seen > lifetime)
+	if (!state || state->generation != asked->generation || now - state->last_seen > lifetime)
 		return false;
-	if (!f->traced)
+	if (!asked->traced)
 		state->last_seen = now;
 	return true;
+}
+
+/* What ask_rules() says where there are rules. */
+__noinline int rules_say(struct question *asked)
+{
+	struct flow_state state = {};
+	struct flow flow = {};
+	__u64 now;
+
+	if (!asked)
+		return REFUSE(DROP_RULE);
+	now = bpf_ktime_get_coarse_ns();
+	state.generation = asked->generation;
+	flow.net = asked->net;
+	flow.protocol = asked->protocol;
+	if (asked->later) {
+		flow.from = asked->from;
+		flow.to = asked->to;
+		flow.fragment = 1;
+		flow.id = asked->id;
+		return is_known(asked, &flow, now) ? 0 : REFUSE(DROP_FRAGMENT);
+	}
+	if (is_icmp_error(asked))
+		return 0;
+	flow.from = asked->to;
+	flow.to = asked->from;
+	flow.from_port = asked->to_port;
+	flow.to_port = asked->from_port;
+	if (is_known(asked, &flow, now))
+		goto passes;
+	flow.from = asked->from;
+	flow.to = asked->to;
+	flow.from_port = asked->from_port;
+	flow.to_port = asked->to_port;
+	if (is_known(asked, &flow, now))
+		goto passes;
+	bpf_loop(asked->rules, look_at_rule, &asked, 0); /* its context must lie on the stack */
+	if (asked->found && !asked->allow)
+		return REFUSE(DROP_RULE);
+	if (asked->traced)
+		return 0;
+	state.last_seen = now;
+	bpf_map_update_elem(&flows, &flow, &state, BPF_ANY);
+passes:
+	if (asked->fragmented && !asked->traced) {
+		flow.from = asked->from;
+		flow.to = asked->to;
+		flow.from_port = flow.to_port = 0;
+		flow.fragment = 1;
+		flow.id = asked->id;
+		state.last_seen = now;
+		bpf_map_update_elem(&flows, &flow, &state, BPF_ANY);
+	}
+	return 0;
 }
 
 /*
@@ -102,57 +160,37 @@ static __always_inline bool is_known(struct frame *f, const struct flow *flow, _
  */
 static __always_inline int ask_rules(struct frame *f, const __u8 *to_mac, __u32 to_group)
 {
-	struct flow flow = { .net = f->to.net, .protocol = f->protocol };
-	struct search search = { .f = f, .to_mac = to_mac, .to_group = to_group, .first = f->network->first_rule };
-	struct flow_state state = { .generation = f->network->generation };
-	__u64 now = bpf_ktime_get_coarse_ns();
+	struct network *network = f->network;
+	struct question asked = {};
 	int refused;
 
-	if (!(f->network->flags & RULES))
+	if (!(network->flags & RULES))
 		return 0;
 	refused = parse_transport(f);
 	if (refused)
 		return refused;
-	if (f->later) {
-		flow.from = f->from;
-		flow.to = f->to.address;
-		flow.fragment = 1;
-		flow.id = f->fragment;
-		return is_known(f, &flow, now) ? 0 : REFUSE(DROP_FRAGMENT);
-	}
-	if (is_icmp_error(f))
-		return 0;
-	flow.from = f->to.address;
-	flow.to = f->from;
-	flow.from_port = f->to_port;
-	flow.to_port = f->from_port;
-	if (is_known(f, &flow, now))
-		goto passes;
-	flow.from = f->from;
-	flow.to = f->to.address;
-	flow.from_port = f->from_port;
-	flow.to_port = f->to_port;
-	if (is_known(f, &flow, now))
-		goto passes;
-	bpf_loop(f->network->rules, look_at_rule, &search, 0);
-	f->rule = search.found;
-	if (search.found && !search.allow)
-		return REFUSE(DROP_RULE);
-	if (f->traced)
-		return 0;
-	state.last_seen = now;
-	bpf_map_update_elem(&flows, &flow, &state, BPF_ANY);
-passes:
-	if (f->fragmented && !f->traced) {
-		flow.from = f->from;
-		flow.to = f->to.address;
-		flow.from_port = flow.to_port = 0;
-		flow.fragment = 1;
-		flow.id = f->fragment;
-		state.last_seen = now;
-		bpf_map_update_elem(&flows, &flow, &state, BPF_ANY);
-	}
-	return 0;
+	asked.from = f->from;
+	asked.to = f->to.address;
+	__builtin_memcpy(asked.from_mac, f->from_mac, 6);
+	__builtin_memcpy(asked.to_mac, to_mac, 6);
+	asked.net = f->to.net;
+	asked.from_group = f->from_group;
+	asked.to_group = to_group;
+	asked.first_rule = network->first_rule;
+	asked.rules = network->rules;
+	asked.generation = network->generation;
+	asked.id = f->fragment;
+	asked.from_port = f->from_port;
+	asked.to_port = f->to_port;
+	asked.family = f->family;
+	asked.protocol = f->protocol;
+	asked.icmp = f->icmp;
+	asked.fragmented = f->fragmented;
+	asked.later = f->later;
+	asked.traced = f->traced;
+	refused = rules_say(&asked);
+	f->rule = asked.found;
+	return refused;
 }
 
 /* Take the frame's bytes out of a bucket, if there are as many. */

@@ -244,6 +244,9 @@ def ensure_tap(ip: IPRoute, uid: str, guest: str, nic: ResolvedNic) -> Any:
     """
     link = ensure_link(ip, port_mark(uid, guest, nic), nic.tap, kind="tuntap", mode="tap", ifr={"vnet_hdr": 1})
     _keep_silent(nic.tap)
+    if link.get("qdisc") != "noqueue":
+        # A tap has a queue of its own, towards QEMU: another one before it only costs.
+        ip.tc("replace", "noqueue", link["index"], parent=0xFFFFFFFF)
     return link
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from scapy.layers.inet import IP, TCP, UDP
@@ -397,7 +398,7 @@ def test_full_table_is_said(wire: Wire) -> None:
 
 
 def test_host_without_ebpf_bridges_and_says_what_is_lost_and_is_switched_when_it_can(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     call = Call(lambda text: None)
     with (
@@ -407,7 +408,7 @@ def test_host_without_ebpf_bridges_and_says_what_is_lost_and_is_switched_when_it
         ann, bob = Port(tap(ANN)), Port(tap(BOB))
         stack.callback(os.close, ann.fd)
         stack.callback(os.close, bob.fd)
-        service = NetworkService(UID)
+        service = NetworkService(UID, tmp_path, tmp_path)
         forged = Ether(src=mac(ANN), dst=mac(BOB)) / IP(src="10.10.0.9", dst="10.10.0.3") / UDP()
         with monkeypatch.context() as patch:
             patch.setattr(dispatcher, "unavailable", lambda: "Operation not permitted")
