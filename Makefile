@@ -6,7 +6,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RUN := $(SUDO) env PATH="$(CURDIR)/.venv/bin:$$PATH"
 LAB ?= examples/demo.yaml
 
-.PHONY: help setup demo test unit integration lint format lock nested bench bench-up clean
+.PHONY: help setup demo test unit integration lint format lock nested bench bench-up bench-switch clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -18,6 +18,7 @@ demo: setup ## bring up two hosts with four guests, show the result, take it dow
 	@KEEP=$(KEEP) LAB=$(LAB) $(RUN) examples/demo.sh
 
 test: setup ## all tests: unit, and integration with real guests
+	@if command -v cargo >/dev/null; then $(MAKE) -s -C dataplane test; else echo "NOT TESTED: dataplane, as there is no Rust"; fi
 	@$(RUN) .venv/bin/pytest tests/unit tests/integration
 
 unit: setup ## the tests that need no privileges
@@ -26,13 +27,14 @@ unit: setup ## the tests that need no privileges
 integration: setup ## the tests with real guests on this machine
 	@$(RUN) .venv/bin/pytest tests/integration
 
-lint: setup ## ruff, mypy --strict, shellcheck, yamllint, ansible-lint
+lint: setup ## ruff, mypy --strict, shellcheck, yamllint, ansible-lint, clippy
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@git ls-files | xargs grep -lE '^#!.*\b(ba)?sh\b' | xargs shellcheck
 	@.venv/bin/yamllint --strict .
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" ansible-lint --profile production --offline -q ansible
+	@if command -v cargo >/dev/null; then $(MAKE) -s -C dataplane lint; else echo "NOT LINTED: dataplane, as there is no Rust"; fi
 
 format: setup ## format the Python code
 	@.venv/bin/ruff check --fix .
@@ -45,11 +47,15 @@ nested: ## the tests on two virtual machines with their own KVM (KEEP=1 leaves t
 	@.ci/setup --nested
 	@KEEP=$(KEEP) $(RUN) .venv/bin/pytest -v --exitfirst --durations=15 tests/nested
 
-bench: bench-up ## all measurements against peers
+bench: bench-up bench-switch ## all measurements against peers
 
 bench-up: setup ## from `up` to every guest answering, against bare QEMU
 	@$(RUN) python bench/up.py
 
+bench-switch: setup ## the switch, against a Linux bridge, Open vSwitch and VDE
+	@$(RUN) python bench/switch.py
+
 clean: ## remove the virtual environment, what was compiled, and caches of tools
 	@$(MAKE) -s -C bpf clean
+	@$(MAKE) -s -C dataplane clean
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -85,21 +86,31 @@ def _print(rows: list[Row]) -> None:
 
 
 def _plot(part: str, rows: list[Row]) -> str:
-    """Ratios as bars around the line of the peer (1.0)."""
-    compared = [row for row in rows if row.ratio is not None]
-    top = max([row.ratio or 0 for row in compared] + [1.0]) * 1.1
-    height = 40 + 30 * len(compared)
+    """Ratios as bars from the line of the peer: to the right where we are ahead, each doubling equally long."""
+    compared = [(row, row.ratio) for row in rows if row.ratio]
+    doublings = [math.log2(ratio) * (1 if row.better == "higher" else -1) for row, ratio in compared]
+    span = max([1.0, *map(abs, doublings)])
+    middle, half, height = 740, 200, 60 + 26 * len(compared)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" font-family="sans-serif">',
-        f'<text x="10" y="20" font-weight="bold">{escape(part)}: ours / peer</text>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{height}" font-family="sans-serif">',
+        "<style>text {font-size: 13px}</style>",
+        '<rect width="100%" height="100%" fill="#fff"/>',
+        f'<text x="10" y="22" font-weight="bold">{escape(part)}: ours / peer</text>',
+        f'<text x="{middle - 8}" y="40" text-anchor="end" fill="#c63">the peer is ahead</text>',
+        f'<text x="{middle + 8}" y="40" fill="#2a7">ours is ahead</text>',
     ]
-    for index, row in enumerate(compared):
-        y = 35 + 30 * index
-        width = 360 * (row.ratio or 0) / top
-        color = "#2a7" if row.wins else "#c63"
-        parts.append(f'<text x="10" y="{y + 15}">{escape(row.name[:40])}</text>')
-        parts.append(f'<rect x="300" y="{y}" width="{width:.0f}" height="20" fill="{color}"/>')
-        parts.append(f'<text x="{305 + width:.0f}" y="{y + 15}">{row.ratio:.2f} ({row.better} is better)</text>')
-    x = 300 + 360 / top
-    parts.append(f'<line x1="{x:.0f}" y1="28" x2="{x:.0f}" y2="{height}" stroke="#333" stroke-dasharray="4"/>')
+    for index, ((row, ratio), doubling) in enumerate(zip(compared, doublings, strict=True)):
+        y, width = 50 + 26 * index, abs(doubling) / span * half
+        ahead = doubling >= 0
+        left = middle if ahead else middle - width
+        at, anchor = (middle + width + 6, "start") if ahead else (middle - width - 6, "end")
+        color = "#2a7" if ahead else "#c63"
+        less = ", less is better" if row.better == "lower" else ""
+        label = f"{escape(row.name)} <tspan fill='#777'>/ {escape(row.peer_name or '')}{less}</tspan>"
+        parts += [
+            f'<text x="10" y="{y + 15}">{label}</text>',
+            f'<rect x="{left:.1f}" y="{y + 2}" width="{width:.1f}" height="18" fill="{color}"/>',
+            f'<text x="{at:.1f}" y="{y + 15}" text-anchor="{anchor}">{ratio:.2f}</text>',
+        ]
+    parts.append(f'<line x1="{middle}" y1="28" x2="{middle}" y2="{height}" stroke="#333"/>')
     return "\n".join([*parts, "</svg>", ""])
