@@ -16,6 +16,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -36,6 +37,8 @@ const ENDED: u64 = 2;
 const FIRST_PORT: u64 = 16;
 /// A thread per VMM only reads its socket.
 const STACK: usize = 256 * 1024;
+/// After a failure that stays for a while, such as too many open files.
+const BREATH: Duration = Duration::from_millis(100);
 
 /// Why a wish is not fulfilled.
 #[derive(Debug, thiserror::Error)]
@@ -391,6 +394,7 @@ impl Daemon {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
                 tracing::warn!(%error, "a control connection cannot be accepted");
+                std::thread::sleep(BREATH);
                 return;
             }
         };
@@ -413,7 +417,11 @@ impl Daemon {
                 entry.session = Some(session);
             }
             Ok(None) => {}
-            Err(error) => tracing::warn!(port = entry.wish.name, %error, "a VMM cannot be served"),
+            Err(error) => {
+                tracing::warn!(port = entry.wish.name, %error, "a VMM cannot be served");
+                // It is tried again, but not as fast as that is possible.
+                std::thread::sleep(BREATH);
+            }
         }
     }
 

@@ -53,6 +53,36 @@ unsafe fn copy_steps(from: *const u8, to: *mut u8, length: usize) {
     }
 }
 
+/// Write the first `length` bytes of a step, less than all of it.
+///
+/// # Safety
+///
+/// There are as many bytes at `to`.
+#[inline(always)]
+unsafe fn store_last([mut word, next]: [u64; 2], length: usize, mut to: *mut u8) {
+    // SAFETY: the parts add up to `length`.
+    unsafe {
+        if length & 8 != 0 {
+            to.cast::<u64>().write_unaligned(word.to_le());
+            to = to.add(8);
+            word = next;
+        }
+        if length & 4 != 0 {
+            to.cast::<u32>().write_unaligned((word as u32).to_le());
+            to = to.add(4);
+            word >>= 32;
+        }
+        if length & 2 != 0 {
+            to.cast::<u16>().write_unaligned((word as u16).to_le());
+            to = to.add(2);
+            word >>= 16;
+        }
+        if length & 1 != 0 {
+            to.write(word as u8);
+        }
+    }
+}
+
 impl Default for Head {
     fn default() -> Self {
         Head { bytes: [0; HEAD], length: 0 }
@@ -120,20 +150,21 @@ impl Head {
         self.length
     }
 
-    /// Write it to one buffer, with another header ([`words`](crate::frame::NetHeader::words)) and another destination. Some bytes after it may become 0.
+    /// Write it to one buffer, with another header ([`words`](crate::frame::NetHeader::words)) and another destination.
     ///
     /// # Safety
     ///
-    /// There are `room` bytes at `to`, and that are [`length`](Self::length) at least. It is no part of `self`.
+    /// There are [`length`](Self::length) bytes at `to`, which are no part of `self`.
     #[inline]
-    pub unsafe fn store(&self, (first, second): (u64, u16), mac: [u8; 6], to: *mut u8, room: usize) {
+    pub unsafe fn store(&self, (first, second): (u64, u16), mac: [u8; 6], to: *mut u8) {
         let from = self.bytes.as_ptr();
-        let end = self.length.next_multiple_of(STEP);
         let [a, b, c, d, e, f] = mac;
         let second = u64::from(second) | 1 << 16 | u64::from(u32::from_le_bytes([a, b, c, d])) << 32;
-        // SAFETY: up to `end`, which is HEAD at most, all lies within `self` and, where it is written, within `room`.
+        let whole = self.length / STEP * STEP;
+        // SAFETY: the parts add up to `self.length`, except that the last step of `self`, which is there up to HEAD, is
+        // read as a whole.
         unsafe {
-            if end < CHANGED || room < end {
+            if whole < CHANGED {
                 self.store_exactly(first, second, mac, to);
                 return;
             }
@@ -143,13 +174,10 @@ impl Head {
             to.add(8).cast::<u64>().write_unaligned(second.to_le());
             to.add(16).cast::<u64>().write_unaligned(third.to_le());
             to.add(24).cast::<u64>().write_unaligned(from.add(24).cast::<u64>().read());
-            let whole = self.length / STEP * STEP;
-            if whole > CHANGED {
-                copy_steps(from.add(CHANGED), to.add(CHANGED), whole - CHANGED);
-            }
-            if whole < end && whole >= CHANGED {
+            copy_steps(from.add(CHANGED), to.add(CHANGED), whole - CHANGED);
+            if whole < self.length {
                 let last = from.add(whole).cast::<[u64; 2]>().read();
-                to.add(whole).cast::<[u64; 2]>().write_unaligned(last);
+                store_last(last.map(u64::from_le), self.length - whole, to.add(whole));
             }
         }
     }
@@ -210,12 +238,11 @@ mod tests {
             let other = NetHeader { flags, checksum_start: 34, checksum_offset: 16, ..NetHeader::default() };
             let mut received = vec![0xee; total + more];
             // SAFETY: `received` is as long as is said.
-            unsafe { head.store(other.words(), MAC, received.as_mut_ptr(), received.len()) };
+            unsafe { head.store(other.words(), MAC, received.as_mut_ptr()) };
             let expected_header = [flags, 0, 0, 0, 0, 0, 34, 0, 16, 0, 1, 0];
             prop_assert_eq!(&received[..NET_HEADER], &expected_header);
             prop_assert_eq!(&received[NET_HEADER..total], &expected_frame[..total - NET_HEADER]);
-            // Nothing of the sender's comes after the frame.
-            prop_assert!(received[total..].iter().all(|byte| *byte == 0xee || *byte == 0));
+            prop_assert!(received[total..].iter().all(|byte| *byte == 0xee));
         }
     }
 }

@@ -6,6 +6,12 @@
 //! [`GuestMemory`] is an immutable table of them: a change makes another table that shares the unchanged mappings, so
 //! that who looks at the memory never waits for who maps some.
 //!
+//! # Migration
+//!
+//! While a guest migrates, its VMM wants to know which of its pages are written. [`DirtyLog`] is the bitmap that it
+//! shares for that (vhost-user: "Migration"). A page is marked after it is written, so that it is copied once more in
+//! the worst case, and never once too few.
+//!
 //! # Rules for what is read here
 //!
 //! The guest's processors write this memory while we read it. So no reference to it is ever made, only raw pointers;
@@ -17,6 +23,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::stat::fstat;
@@ -138,6 +145,58 @@ impl Mapping {
     }
 }
 
+/// Bytes of a page of the log.
+const LOG_PAGE: u64 = 4096;
+
+/// Which pages of a guest have been written.
+pub struct DirtyLog {
+    bits: *mut u8,
+    length: u64,
+    /// Kept for `bits`.
+    _mapping: Mapping,
+}
+
+// SAFETY: the bitmap is only changed by atomic operations, and its mapping lives as long as it does.
+unsafe impl Send for DirtyLog {}
+// SAFETY: as above.
+unsafe impl Sync for DirtyLog {}
+
+impl DirtyLog {
+    /// The bitmap of `length` bytes at `offset` of a file.
+    ///
+    /// # Errors
+    ///
+    /// See [`MemoryError`].
+    pub fn new(file: &File, offset: u64, length: u64) -> Result<Self, MemoryError> {
+        let region = Region { guest: 0, size: length, user: 0, offset };
+        if length == 0 || offset.checked_add(length).is_none() {
+            return Err(MemoryError::Impossible { guest: 0, size: length });
+        }
+        let mapping = Mapping::new(&region, file)?;
+        // SAFETY: the mapping is `offset + length` bytes long, at least.
+        let bits = unsafe { mapping.base.as_ptr().cast::<u8>().add(offset as usize) };
+        Ok(DirtyLog { bits, length, _mapping: mapping })
+    }
+
+    /// Say that `length` bytes at the guest's address `guest` have been written. What is beyond the log is not there.
+    pub fn mark(&self, guest: u64, length: u64) {
+        let Some(last) = length.checked_sub(1).and_then(|more| guest.checked_add(more)) else { return };
+        for page in guest / LOG_PAGE..=last / LOG_PAGE {
+            if page / 8 < self.length {
+                // SAFETY: the byte is within the bitmap. The VMM takes bits out of it at the same time, hence an atomic.
+                let byte = unsafe { AtomicU8::from_ptr(self.bits.add((page / 8) as usize)) };
+                byte.fetch_or(1 << (page % 8), Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for DirtyLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DirtyLog({} bytes)", self.length)
+    }
+}
+
 #[derive(Clone)]
 struct Mapped {
     region: Region,
@@ -232,6 +291,14 @@ impl GuestMemory {
             }
         }
         None
+    }
+
+    /// The guest's address of a segment.
+    pub fn guest_address(&self, segment: &Segment) -> Option<u64> {
+        self.regions.iter().find_map(|mapped| {
+            let offset = (segment.data as u64).wrapping_sub(mapped.host as u64);
+            (offset < mapped.region.size).then(|| mapped.region.guest + offset)
+        })
     }
 
     /// The `length` bytes at an address of the VMM, if they all lie in one region.
@@ -413,6 +480,35 @@ pub(crate) mod tests {
             assert_eq!(copy_from(&segments, 1, &mut bytes[..6]), 6);
         }
         assert_eq!(bytes, [2, 3, 4, 5, 6, 7, 0, 0]);
+    }
+
+    #[test]
+    fn test_log_marks_each_page_that_is_touched() {
+        let file = memory_file(0x2000);
+        let log = DirtyLog::new(&file, 0x1000, 2).unwrap();
+        let bits = GuestMemory::default().with(region(0, 0x2000), &file).unwrap();
+        log.mark(0xfff, 2);
+        log.mark(0x9000, 0x1000);
+        log.mark(0xf000, 0x8000);
+        log.mark(0x5000, 0);
+        log.mark(u64::MAX, 2);
+        let mut bytes = [0; 4];
+        // SAFETY: the mapping lives to the end of the test.
+        unsafe { copy_from(&[bits.at(0x1000, 4).unwrap()], 0, &mut bytes) };
+        assert_eq!(bytes, [0b11, 0b1000_0010, 0, 0]);
+        assert!(DirtyLog::new(&file, 0x1000, 0x1001).is_err());
+        assert!(DirtyLog::new(&file, u64::MAX, 2).is_err());
+        assert!(DirtyLog::new(&file, 0, 0).is_err());
+    }
+
+    #[test]
+    fn test_guest_address_is_that_of_the_region() {
+        let file = memory_file(0x2000);
+        let memory = GuestMemory::default().with(region(0x1000, 0x1000), &file).unwrap();
+        let memory = memory.with(region(0x8000, 0x2000), &file).unwrap();
+        for guest in [0x1000, 0x1fff, 0x8000, 0x9fff] {
+            assert_eq!(memory.guest_address(&memory.at(guest, 1).unwrap()), Some(guest));
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use crate::frame::{Identity, LEGACY_NET_HEADER, NET_HEADER};
 use crate::head::Head;
 use crate::list::{Policy, Table};
-use crate::memory::{GuestMemory, Segment, Writer};
+use crate::memory::{DirtyLog, GuestMemory, Segment, Writer};
 use crate::ring::{Addresses, Direction, Features, LINE, Ring, RingError, prefetch_to_write};
 use crate::tap::Tap;
 
@@ -35,6 +35,11 @@ use crate::tap::Tap;
 pub const MAX_PAIRS: u16 = 8;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: rings begin disabled.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// `VHOST_F_LOG_ALL`: the guest migrates.
+pub const LOG_ALL: u64 = 1 << 26;
+
+/// Bytes of the frame by which a guest is announced.
+const ANNOUNCEMENT: usize = 60;
 
 /// How long a sender waits for a receiver without buffers, at most, in nanoseconds.
 const PATIENCE: u64 = 1_000_000;
@@ -197,6 +202,8 @@ pub struct Port {
     pub memory: Arc<GuestMemory>,
     /// Features that the guest has negotiated.
     pub features: u64,
+    /// What is written into the guest's memory is logged here while it migrates.
+    pub log: Option<Arc<DirtyLog>>,
     /// A VMM is connected.
     pub connected: bool,
     /// Why the device is not served any more.
@@ -292,6 +299,7 @@ impl Port {
             slow: tap.map(|tap| Slow { tap, readable: true, listed: false, held: None }),
             memory: Arc::default(),
             features: 0,
+            log: None,
             connected: false,
             failed: None,
             queues,
@@ -330,9 +338,35 @@ impl Port {
 
     /// Work out what follows from the features and from which queues are running.
     pub fn refresh(&mut self) {
+        let log = self.log.as_ref().filter(|_| self.features & LOG_ALL != 0);
+        for ring in self.queues.iter_mut().filter_map(|queue| queue.ring.as_mut()) {
+            ring.set_log(log.cloned());
+        }
         let modern = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_MRG_RXBUF;
         self.header = if self.features & modern != 0 { NET_HEADER } else { LEGACY_NET_HEADER };
+        let before = self.receiving;
         self.receiving = (0..MAX_PAIRS).take_while(|pair| self.is_enabled(pair * 2)).count() as u16;
+        if before == 0 && self.receiving > 0 {
+            self.announce();
+        }
+    }
+
+    /// Tell the kernel's switch that the guest is here now, as QEMU does on a tap after a migration: by a reverse ARP
+    /// request (RFC 903) of the guest's.
+    fn announce(&self) {
+        let Some(slow) = &self.slow else { return };
+        let mac = self.settings.identity.mac;
+        let mut frame = [0_u8; NET_HEADER + ANNOUNCEMENT];
+        let request = [0, 1, 8, 0, 6, 4, 0, 3];
+        for (at, bytes) in [(0, &[0xff; 6][..]), (6, &mac), (12, &[0x80, 0x35]), (14, &request), (22, &mac), (32, &mac)]
+        {
+            frame[NET_HEADER + at..][..bytes.len()].copy_from_slice(bytes);
+        }
+        let part = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
+        // SAFETY: the part is of `frame`.
+        if let Err(error) = unsafe { slow.tap.write(&[part]) } {
+            tracing::warn!(port = self.name, %error, "the guest's arrival is not announced");
+        }
     }
 
     /// The queue that frames are received in which were sent in the sender's queue pair `pair`: one flow stays in one.
@@ -408,12 +442,13 @@ impl Port {
             // SAFETY: the segment is of the ring's own memory, and long enough for all of the frame. `rest` is of the
             // sender's ring, which stays as long as the sender is being looked at.
             unsafe {
-                copy.store(packet.header, mac, segment.data, segment.length as usize);
+                copy.store(packet.header, mac, segment.data);
                 if done < needed {
                     let target = Segment { data: segment.data.add(done), length: segment.length - done as u32 };
                     packet.write_rest(&mut Writer::new(&[target]));
                 }
             }
+            ring.written(&[segment], needed as u64);
             ring.push_used(head, needed as u32);
             ring.advance(1);
             into.used += 1;
@@ -463,6 +498,7 @@ impl Port {
             }
             packet.write_rest(&mut writer);
         }
+        ring.written(segments, needed);
         let mut left = needed;
         for &(head, length) in chains.iter() {
             let written = length.min(left);

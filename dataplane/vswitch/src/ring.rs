@@ -38,7 +38,7 @@ use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
 };
 
-use crate::memory::{GuestMemory, Segment};
+use crate::memory::{DirtyLog, GuestMemory, Segment};
 
 /// Entries of the largest ring.
 pub const MAX_SIZE: u16 = 32768;
@@ -125,6 +125,8 @@ pub struct Addresses {
     pub available: u64,
     /// What the device has used.
     pub used: u64,
+    /// Where the guest has that, if writing to it is to be logged.
+    pub used_log: Option<u64>,
 }
 
 /// Features that change how a ring works.
@@ -194,6 +196,7 @@ pub struct Ring {
     /// `published` when we last thought of a notification; None: not yet.
     signalled: Option<u16>,
     armed: bool,
+    log: Option<Arc<DirtyLog>>,
 }
 
 // SAFETY: the pointers lead into `memory`, which the ring keeps alive and which any thread may use.
@@ -229,6 +232,7 @@ impl Ring {
             published: 0,
             signalled: None,
             armed: true,
+            log: None,
         };
         ring.next_used = ring.used_index().load(Ordering::Acquire);
         ring.published = ring.next_used;
@@ -251,6 +255,39 @@ impl Ring {
     /// Go on with other features.
     pub fn set_features(&mut self, features: Features) {
         self.features = features;
+    }
+
+    /// Log what is written from now on, or do not.
+    pub fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
+        self.log = log;
+    }
+
+    /// Log that `length` bytes have been written to `segments`.
+    #[cold]
+    fn log_segments(&self, log: &DirtyLog, segments: &[Segment], mut length: u64) {
+        for segment in segments {
+            let count = u64::from(segment.length).min(length);
+            if let Some(guest) = self.memory.guest_address(segment) {
+                log.mark(guest, count);
+            }
+            length -= count;
+        }
+    }
+
+    /// Note that `length` bytes have been written to buffers of this ring.
+    #[inline]
+    pub fn written(&self, segments: &[Segment], length: u64) {
+        if let Some(log) = &self.log {
+            self.log_segments(log, segments, length);
+        }
+    }
+
+    /// Note that the used ring has been written. It is small, so all of it is marked.
+    #[inline]
+    fn written_used(&self) {
+        if let (Some(log), Some(guest)) = (&self.log, self.addresses.used_log) {
+            log.mark(guest, 6 + u64::from(self.size) * 8);
+        }
     }
 
     /// Entries.
@@ -479,6 +516,7 @@ impl Ring {
         let before = self.signalled;
         let now = self.next_used;
         self.used_index().store(now, Ordering::Release);
+        self.written_used();
         self.published = now;
         self.signalled = Some(now);
         // What the guest wants is read after it can see the index, or both would wait for each other.

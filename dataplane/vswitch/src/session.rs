@@ -38,25 +38,27 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::memory::{GuestMemory, MAX_REGIONS, Region};
+use crate::memory::{DirtyLog, GuestMemory, MAX_REGIONS, Region};
 use crate::poll::Handle;
-use crate::port::PROTOCOL_FEATURES;
+use crate::port::{LOG_ALL, PROTOCOL_FEATURES};
 use crate::ring::Addresses;
 use crate::switch::{SetupError, Switch};
 
-/// What is offered to guests.
+/// What is offered to guests. (To announce themselves after a migration is up to them and their VMM; it is offered
+/// because QEMU complains otherwise.)
 pub const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_F_ANY_LAYOUT
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_NET_F_MRG_RXBUF
     | 1 << VIRTIO_NET_F_MQ
+    | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
     | 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_HOST_TSO4
     | 1 << VIRTIO_NET_F_HOST_TSO6
@@ -65,6 +67,7 @@ pub const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_NET_F_GUEST_TSO4
     | 1 << VIRTIO_NET_F_GUEST_TSO6
     | 1 << VIRTIO_NET_F_GUEST_ECN
+    | LOG_ALL
     | PROTOCOL_FEATURES;
 
 /// Bytes of a message's header: request, flags and size of the rest, 32 bits each.
@@ -186,14 +189,15 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptors: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let (slot, index) = (self.slot, self.index(index)?);
-        let addresses = Addresses { descriptors, available, used };
+        let used_log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        let addresses = Addresses { descriptors, available, used, used_log };
         self.ask(move |switch| switch.set_addresses(slot, index, addresses))
     }
 
@@ -232,6 +236,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
@@ -310,8 +315,17 @@ impl VhostUserBackendReqHandlerMut for Session {
         unsupported("no shared memory")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        unsupported("no log of dirty pages")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        // A VMM that is not answered here would wait: the connection is given up.
+        let log = DirtyLog::new(&file, log.mmap_offset, log.mmap_size).map_err(|error| {
+            tracing::warn!(port = self.name, %error, "no log of dirty pages");
+            Error::BackendInternalError
+        })?;
+        tracing::debug!(port = self.name, ?log, "log of dirty pages");
+        let (slot, log) = (self.slot, Arc::new(log));
+        let before = self.ask(move |switch| switch.set_log(slot, log)).map_err(|_| Error::BackendInternalError)?;
+        drop(before);
+        Ok(())
     }
 }
 

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use crate::frame::{self, Address, ETHERNET, MAX_FRAME, NET_HEADER, NetHeader};
 use crate::head::{HEAD, Head};
 use crate::list::List;
-use crate::memory::{GuestMemory, Segment, copy_from};
+use crate::memory::{DirtyLog, GuestMemory, Segment, copy_from};
 use crate::poll::{Events, Pace, Token};
 use crate::port::{Buffers, Counters, MAX_PAIRS, Packet, Port, Received, Settings, Traffic};
 use crate::ring::{Addresses, Direction, LINE, Ring, RingError, prefetch};
@@ -360,6 +360,7 @@ impl Switch {
             }
             port.connected = connected;
             port.features = 0;
+            port.log = None;
             if connected {
                 port.failed = None;
             }
@@ -414,6 +415,20 @@ impl Switch {
                 }
             }
             Ok(std::mem::replace(&mut port.memory, memory))
+        })
+    }
+
+    /// Where to log what is written into the guest's memory, as long as the features say so; gives what was used
+    /// until now.
+    ///
+    /// # Errors
+    ///
+    /// See [`SetupError`].
+    pub fn set_log(&mut self, slot: u32, log: Arc<DirtyLog>) -> Result<Option<Arc<DirtyLog>>, SetupError> {
+        self.with(slot, |_, port| {
+            let before = port.log.replace(log);
+            port.refresh();
+            Ok(before)
         })
     }
 

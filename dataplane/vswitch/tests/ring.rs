@@ -83,7 +83,12 @@ impl Guest {
     }
 
     fn ring(&self, features: Features) -> Ring {
-        let addresses = Addresses { descriptors: USER + DESCRIPTORS, available: USER + AVAILABLE, used: USER + USED };
+        let addresses = Addresses {
+            descriptors: USER + DESCRIPTORS,
+            available: USER + AVAILABLE,
+            used: USER + USED,
+            used_log: None,
+        };
         Ring::new(self.ours.clone(), addresses, u32::from(SIZE), 0, features).unwrap()
     }
 
@@ -329,7 +334,8 @@ fn test_request_kicks_sees_what_came_before() {
 #[test]
 fn test_new_impossible_ring_returns_error() {
     let guest = Guest::new();
-    let good = Addresses { descriptors: USER + DESCRIPTORS, available: USER + AVAILABLE, used: USER + USED };
+    let good =
+        Addresses { descriptors: USER + DESCRIPTORS, available: USER + AVAILABLE, used: USER + USED, used_log: None };
     let make = |addresses, size| Ring::new(guest.ours.clone(), addresses, size, 0, BOTH).err();
     assert_eq!(make(good, 16), None);
     for size in [0, 3, 65536, u32::MAX] {

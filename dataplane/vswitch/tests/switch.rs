@@ -4,11 +4,14 @@
 
 mod common;
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use common::*;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::json;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -593,6 +596,41 @@ fn test_rings_that_are_enabled_before_the_features_work() {
     });
     guests[0].send(&frame(1, 2, 100, 1));
     assert_eq!(guests[1].receive().1[50], 1);
+}
+
+#[test]
+fn test_pages_that_are_written_are_logged_while_the_guest_migrates() {
+    let (mut daemon, mut one, mut two) = two_guests();
+    let log = File::from(memfd_create("log", MFdFlags::MFD_CLOEXEC).unwrap());
+    log.set_len(0x1000).unwrap();
+    let dirty = |page: u64| {
+        let mut byte = [0];
+        log.read_exact_at(&mut byte, page / 8).unwrap();
+        byte[0] >> (page % 8) & 1 == 1
+    };
+    let region = vhost::VhostUserDirtyLogRegion { mmap_size: 0x1000, mmap_offset: 0, mmap_handle: log.as_raw_fd() };
+    two.frontend().set_log_base(0, Some(region)).unwrap();
+    one.send(&frame(1, 2, 100, 1));
+    two.receive();
+    assert!((0..1024).all(|page| !dirty(page)));
+    two.frontend().set_features(MODERN | LOG_ALL).unwrap();
+    two.log_used_rings();
+    let (buffer, used) = (two.next_buffer(0), two.queues[0].used_ring());
+    one.send(&frame(1, 2, 100, 1));
+    two.receive();
+    for page in 0..1024 {
+        let expected = page == buffer / 4096 || page == used / 4096;
+        assert_eq!(dirty(page), expected, "page {page}");
+    }
+    assert_ne!(buffer / 4096, used / 4096);
+    // It has not migrated after all.
+    two.frontend().set_features(MODERN).unwrap();
+    log.set_len(0).unwrap();
+    log.set_len(0x1000).unwrap();
+    one.send(&frame(1, 2, 100, 1));
+    two.receive();
+    assert!((0..1024).all(|page| !dirty(page)));
+    assert!(daemon.is_running());
 }
 
 #[test]

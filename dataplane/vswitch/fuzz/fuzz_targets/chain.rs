@@ -76,7 +76,7 @@ fuzz_target!(|input: Input| {
         put(AVAILABLE + 4 + entry as u64 * 2, &u16::from(*head % 20).to_le_bytes());
     }
     put(AVAILABLE + 2, &input.idx.to_le_bytes());
-    let addresses = Addresses { descriptors: USER + DESCRIPTORS, available: USER + AVAILABLE, used: USER + USED };
+    let addresses = Addresses { descriptors: USER + DESCRIPTORS, available: USER + AVAILABLE, used: USER + USED, used_log: None };
     let features = Features { event_idx: input.event_idx, indirect: input.can_indirect };
     let mut ring = Ring::new(MEMORY.clone(), addresses, 16, input.base, features).expect("a good ring");
     let direction = if input.write { Direction::Write } else { Direction::Read };

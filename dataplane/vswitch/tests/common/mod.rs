@@ -31,6 +31,7 @@ pub const GUEST_CSUM: u64 = 1 << 1;
 pub const GUEST_TSO4: u64 = 1 << 7;
 pub const HOST_TSO4: u64 = 1 << 11;
 pub const MRG_RXBUF: u64 = 1 << 15;
+pub const LOG_ALL: u64 = 1 << 26;
 pub const INDIRECT_DESC: u64 = 1 << 28;
 pub const EVENT_IDX: u64 = 1 << 29;
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -306,6 +307,7 @@ impl Guest {
             let protocol = frontend.get_protocol_features().unwrap();
             let wanted = VhostUserProtocolFeatures::MQ
                 | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::LOG_SHMFD
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
             assert!(protocol.contains(wanted));
             frontend.set_protocol_features(wanted).unwrap();
@@ -332,11 +334,10 @@ impl Guest {
         }
     }
 
-    pub fn start_without_enabling(&mut self, index: usize) {
+    fn config(&self, index: usize) -> VringConfigData {
         let host = self.host_address();
         let queue = &self.queues[index];
-        let frontend = self.frontend.as_mut().expect("connected");
-        let config = VringConfigData {
+        VringConfigData {
             queue_max_size: queue.size,
             queue_size: queue.size,
             flags: 0,
@@ -344,7 +345,28 @@ impl Guest {
             used_ring_addr: host + queue.used_ring(),
             avail_ring_addr: host + queue.available(),
             log_addr: None,
-        };
+        }
+    }
+
+    /// What a VMM says of running rings when the guest begins to migrate.
+    pub fn log_used_rings(&mut self) {
+        for index in 0..self.queues.len() {
+            let log_addr = Some(self.queues[index].used_ring());
+            let config = VringConfigData { flags: 1, log_addr, ..self.config(index) };
+            self.frontend().set_vring_addr(index, &config).unwrap();
+        }
+    }
+
+    /// Where the next frame is going to be.
+    pub fn next_buffer(&self, index: usize) -> u64 {
+        let queue = &self.queues[index];
+        queue.buffer(index, queue.used % queue.size)
+    }
+
+    pub fn start_without_enabling(&mut self, index: usize) {
+        let config = self.config(index);
+        let queue = &self.queues[index];
+        let frontend = self.frontend.as_mut().expect("connected");
         frontend.set_vring_num(index, queue.size).unwrap();
         frontend.set_vring_base(index, queue.used).unwrap();
         frontend.set_vring_addr(index, &config).unwrap();
