@@ -193,7 +193,8 @@ class GuestService(Guests):
         self, call: Call, wish: ResolvedGuest, image: GuestImage, keys: Sequence[str], fresh: bool
     ) -> str | None:
         found = self.find(wish.name)
-        if not (found and found[0].isActive()):
+        booting = not (found and found[0].isActive())
+        if booting:
             call.progress("preparing")
             dom = self._define(wish, image, keys, fresh)
             call.check()
@@ -203,7 +204,7 @@ class GuestService(Guests):
                 dom.create()
             self.started(wish.name).touch()
             self.ready(wish.name).unlink(missing_ok=True)
-        self._wait(call, wish, image)
+        self._wait(call, wish, image, booting=booting)
         chosen, reason = accel.choose(wish.accel, wish.emulator or accel.DEFAULT_EMULATOR)
         return reason if wish.accel == "auto" and chosen != "kvm" else None
 
@@ -287,24 +288,25 @@ class GuestService(Guests):
         call.on_cancel(self.libvirt.poke)
         self._wait(call, ResolvedGuest.model_validate(guest), GuestImage(**image))
 
-    def _wait(self, call: Call, wish: ResolvedGuest, image: GuestImage) -> None:
+    def _wait(self, call: Call, wish: ResolvedGuest, image: GuestImage, *, booting: bool = False) -> None:
+        """:param booting: this call has started it, so nothing is lost where it has to start once more."""
         ready = wish.ready or image.ready
         if ready == "none":
             return
         _, view = self.get(wish.name)
         deadline = Deadline(scaled(READY_SECONDS, emulated=view.accel == "tcg"))
-        log = self.console_log(wish.name)
+        console = self.console_log(wish.name)
         what = "its guest agent" if ready == "agent" else f"{ready.removeprefix('console:')!r} on its console"
         failure: str | None = None
 
         def settled() -> bool:
             nonlocal failure
             call.check()
-            last = consolelog.tail(log, 1)
+            last = consolelog.tail(console, 1)
             call.progress(f"waiting for {what}" + (f" · {last[0][:60]}" if last else ""))
             try:
                 dom, current = self.get(wish.name)  # anew each time, as libvirt may have gone and come back
-                if words := consolelog.panic(log):
+                if words := consolelog.panic(console):
                     failure = words
                 elif not dom.isActive():
                     failure = "it stopped"
@@ -317,19 +319,26 @@ class GuestService(Guests):
             return True
 
         with libvirt_errors(f"guest {wish.name}"):
-            with consolelog.watching(log, self.libvirt.poke):
-                in_time = self.libvirt.wait(settled, deadline)
+            with consolelog.watching(console, self.libvirt.poke):
+                in_time = self.libvirt.wait(settled, Deadline(deadline.seconds / 2))
+                if not in_time and booting and image.kernel and not consolelog.tail(console, 1):
+                    # An emulated processor may hang in the first moments of a kernel (docs/lab-hosts.md).
+                    log.warning("guest %s: nothing on its console yet: it is reset, once", wish.name)
+                    call.progress("nothing on its console yet: resetting it, once")
+                    self.get(wish.name)[0].reset()
+                    deadline = Deadline(deadline.seconds)
+                in_time = in_time or self.libvirt.wait(settled, deadline)
             if not in_time:
                 used = processor_seconds(self.get(wish.name)[0])
                 failure = f"{what} did not come within {deadline.seconds:.0f} s ({used:.0f} s of processor time)"
         if failure is None:
             self.ready(wish.name).touch()
             return
-        if consolelog.panic(log):
+        if consolelog.panic(console):
             self.destroy(self.get(wish.name)[0])  # a kernel that has panicked spins for ever
         raise GuestError(
             f"guest {wish.name}: {failure}",
-            tail=consolelog.tail(log) or ["(nothing on its console)"],
+            tail=consolelog.tail(console) or ["(nothing on its console)"],
             hint=f"orchestrator console {wish.name}" if not in_time else f"orchestrator logs {wish.name}",
         )
 

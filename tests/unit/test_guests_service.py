@@ -167,6 +167,35 @@ def test_wait_that_ends_too_late_tells_what_the_guest_did_meanwhile(
     assert caught.value.hint == "orchestrator console ann"
 
 
+@pytest.mark.parametrize(
+    ("booting", "log", "kernel", "resets"),
+    [
+        (True, b"", "/boot/vmlinuz", 1),
+        (False, b"", "/boot/vmlinuz", 0),
+        (True, b"hi", "/boot/vmlinuz", 0),
+        (True, b"", None, 0),
+    ],
+)
+def test_guest_that_hangs_at_once_is_reset_once_while_it_boots(
+    guests: GuestService,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    booting: bool,
+    log: bytes,
+    kernel: str | None,
+    resets: int,
+) -> None:
+    started(guests)
+    guests.console_log("ann").write_bytes(log)
+    seen: list[str] = []
+    monkeypatch.setattr(libvirt.virDomain, "reset", lambda dom: seen.append(dom.name()))
+
+    with pytest.raises(GuestError, match="agent did not come"):
+        guests._wait(call, ann(ready="agent"), guest_image(kernel=kernel), booting=booting)
+
+    assert len(seen) == resets
+
+
 def test_guest_is_up_since_its_start_whatever_its_console_says(guests: GuestService, call: Call) -> None:
     started(guests)
     log = guests.console_log("ann")
