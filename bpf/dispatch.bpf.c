@@ -59,7 +59,7 @@ static __always_inline int to_host(struct frame *f)
 {
 	if (!tag(f, 0) || !set_macs(f->skb, f->network->gateway, NULL))
 		return drop(f, DROP_MALFORMED);
-	count_received(f, f->to.net, f->network->gateway);
+	count_received(f, f->network->slot, f->network->gateway);
 	return tell(f, FATE_HOST, 0, f->to.net, bpf_redirect(f->to.net, BPF_F_INGRESS));
 }
 
@@ -71,7 +71,7 @@ static __always_inline int to_guest(struct frame *f, struct place *place, const 
 		return drop(f, DROP_RATE);
 	if (!tag(f, place->vlan == f->vlan ? 0 : f->vlan) || !set_macs(f->skb, place->mac, from_mac))
 		return drop(f, DROP_MALFORMED);
-	count_received(f, ifindex, place->mac);
+	count_received(f, place->slot, place->mac);
 	mirror(f, place->mirror);
 	return tell(f, FATE_GUEST, 0, ifindex, bpf_redirect(ifindex, 0));
 }
@@ -84,19 +84,14 @@ static __always_inline int to_underlay(struct frame *f, struct place *place, con
 	return tell(f, FATE_UNDERLAY, 0, place->ifindex, bpf_redirect(place->ifindex, 0));
 }
 
-static __always_inline int to_uplink(struct frame *f)
+/* Let the frame out, where the host's routes lead. */
+static __always_inline int leave(struct frame *f)
 {
 	struct bpf_fib_lookup route = { .ifindex = f->to.net, .l4_protocol = f->protocol };
 	struct attachment *link;
 	__u32 ifindex;
 	long found;
-	int refused;
 
-	if (!(f->network->flags & UPLINK) || is_inside(f))
-		return drop(f, DROP_NO_DESTINATION);
-	refused = ask_rules(f, f->network->gateway, 0);
-	if (refused)
-		return drop(f, refused - 1);
 	if (f->hops <= 1)
 		return to_host(f);
 	if (f->family == 4) {
@@ -132,6 +127,16 @@ static __always_inline int to_uplink(struct frame *f)
 		return tell(f, FATE_UPLINK, 0, ifindex, bpf_redirect(ifindex, 0));
 	}
 	return tell(f, FATE_UPLINK, 0, ifindex, bpf_redirect_neigh(ifindex, NULL, 0, 0));
+}
+
+static __always_inline int to_uplink(struct frame *f)
+{
+	int refused;
+
+	if (!(f->network->flags & UPLINK) || is_inside(f))
+		return drop(f, DROP_NO_DESTINATION);
+	refused = ask_rules(f, f->network->gateway, 0);
+	return refused ? drop(f, refused - 1) : leave(f);
 }
 
 struct flood {
@@ -186,6 +191,7 @@ static __always_inline void settle(const struct nic *nic, const union address *a
 		.flags = nic->flags | LOCAL,
 		.group = nic->group,
 		.mirror = nic->mirror,
+		.slot = nic->slot,
 		.vlan = nic->vlan,
 	};
 
@@ -210,7 +216,7 @@ static __always_inline void release(__u32 net, __u32 vxlan, const union address 
 	place = *before;
 	place.ifindex = vxlan;
 	place.flags = (before->flags & ~(LOCAL | LIMITED)) | REMOTE;
-	place.mirror = 0;
+	place.mirror = place.slot = 0;
 	bpf_map_update_elem(&list, &where, &place, BPF_EXIST);
 	where.net = 0;
 	if (bpf_map_lookup_elem(&list, &where))
@@ -387,7 +393,7 @@ static __noinline int from_guest(struct __sk_buff *skb, struct nic *nic)
 
 	if (!nic || !begin(f, &protocol))
 		return TC_ACT_SHOT;
-	f->counters = bpf_map_lookup_elem(&counters_of, &ifindex);
+	f->counters = counters_at(nic->slot);
 	f->network = bpf_map_lookup_elem(&networks, &nic->net);
 	if (!f->network)
 		return drop(f, DROP_NO_PORT);
@@ -450,10 +456,9 @@ static __always_inline int question_of_underlay(struct frame *f)
 	return f->family == 4 ? answer_arp(f, place) : answer_nd(f, place);
 }
 
-static __noinline int from_underlay(struct __sk_buff *skb, __u32 net)
+static __noinline int from_underlay(struct __sk_buff *skb, __u32 net, __u32 slot)
 {
 	struct frame frame = { .skb = skb }, *f = &frame;
-	__u32 ifindex = skb->ifindex;
 	struct place *place;
 	struct where from = {};
 	__u16 protocol, operation;
@@ -462,7 +467,7 @@ static __noinline int from_underlay(struct __sk_buff *skb, __u32 net)
 
 	if (!begin(f, &protocol))
 		return TC_ACT_SHOT;
-	f->counters = bpf_map_lookup_elem(&counters_of, &ifindex);
+	f->counters = counters_at(slot);
 	f->network = bpf_map_lookup_elem(&networks, &net);
 	if (!f->network)
 		return drop(f, DROP_NO_PORT);
@@ -512,7 +517,7 @@ static __noinline int from_underlay(struct __sk_buff *skb, __u32 net)
 	return to_place(f, place, NULL);
 }
 
-static __noinline int from_host(struct __sk_buff *skb)
+static __noinline int from_host(struct __sk_buff *skb, __u32 slot)
 {
 	struct frame frame = { .skb = skb, .from_flags = HOST }, *f = &frame;
 	struct place *place;
@@ -522,7 +527,7 @@ static __noinline int from_host(struct __sk_buff *skb)
 	if (!begin(f, &protocol))
 		return TC_ACT_SHOT;
 	f->to.net = skb->ifindex;
-	f->counters = bpf_map_lookup_elem(&counters_of, &f->to.net);
+	f->counters = counters_at(slot);
 	f->network = bpf_map_lookup_elem(&networks, &f->to.net);
 	if (!f->network)
 		return drop(f, DROP_NO_PORT);
@@ -566,7 +571,7 @@ int uplink(struct __sk_buff *skb)
 	/* Larger than the guests' link carries: the host says so to the sender. */
 	if (!skb->gso_size && skb->len > f->network->mtu + ETH_SIZE)
 		return tell(f, FATE_PASS, 0, 0, TC_ACT_UNSPEC);
-	f->counters = bpf_map_lookup_elem(&counters_of, &f->to.net);
+	f->counters = counters_at(f->network->slot);
 	__builtin_memcpy(f->from_mac, f->network->gateway, 6);
 	f->vlan = place->vlan;
 	return to_place(f, place, f->network->gateway);
@@ -584,7 +589,9 @@ int dispatch(struct __sk_buff *skb)
 	link = bpf_map_lookup_elem(&links, &ifindex);
 	if (!link)
 		return TC_ACT_SHOT; /* a tap that is not in the tables yet, or no longer */
-	return link->kind == VXLAN ? from_underlay(skb, link->net) : from_host(skb);
+	if (link->kind == VXLAN)
+		return from_underlay(skb, link->net, link->slot);
+	return from_host(skb, link->slot);
 }
 
 char LICENSE[] SEC("license") = "GPL";

@@ -106,8 +106,13 @@ static __always_inline void count_sent(struct frame *f)
 	}
 }
 
-/* The frame goes to the link `ifindex` (0: to none that has counters), to whom has the MAC `to`. */
-static __always_inline void count_received(struct frame *f, __u32 ifindex, const __u8 *to)
+static __always_inline struct counters *counters_at(__u32 slot)
+{
+	return bpf_map_lookup_elem(&counters_of, &slot);
+}
+
+/* The frame goes to the link with that slot (0: to none that counts), to whom has the MAC `to`. */
+static __always_inline void count_received(struct frame *f, __u32 slot, const __u8 *to)
 {
 	struct pair pair = {};
 	struct counters *counters;
@@ -115,7 +120,7 @@ static __always_inline void count_received(struct frame *f, __u32 ifindex, const
 
 	if (f->traced)
 		return;
-	counters = ifindex ? bpf_map_lookup_elem(&counters_of, &ifindex) : NULL;
+	counters = slot ? counters_at(slot) : NULL;
 	if (counters) {
 		counters->rx_packets++;
 		counters->rx_bytes += f->skb->len;

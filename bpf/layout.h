@@ -11,9 +11,10 @@
 #include <linux/bpf.h>
 #include <linux/types.h>
 
-#define LAYOUT 1
+#define LAYOUT 2
 
 #define MAX_PORTS 4096     /* NICs of guests of this host */
+#define MAX_COUNTED 5120   /* links: NICs, and of each network its gateway link and its VXLAN */
 #define MAX_LISTED 65536   /* addresses, those of guests of other hosts too */
 #define MAX_NETWORKS 256
 #define MAX_LINKS 512
@@ -51,7 +52,7 @@ struct nic {
 	__u32 ip4;    /* network byte order; 0: none */
 	__u16 vlan;   /* of untagged frames; 0: none */
 	__u8 mac[6];
-	__u32 unused;
+	__u32 slot;   /* of `counters_of` */
 	union address ip6;        /* ::: none */
 	union address link_local; /* fe80::/64 with the modified EUI-64 of the MAC */
 };
@@ -69,6 +70,7 @@ struct place {
 	__u32 flags;
 	__u32 group;
 	__u32 mirror;
+	__u32 slot; /* of `counters_of`; 0: what goes there is not counted */
 	__u16 vlan;
 	__u8 mac[6];
 };
@@ -84,7 +86,7 @@ struct network {
 	__u32 net4, mask4; /* network byte order; mask 0: none */
 	union address net6, mask6;
 	__u8 gateway[6];
-	__u16 unused;
+	__u16 slot; /* of `counters_of`: the gateway link's */
 };
 
 /* `links`, by index: where else frames come in. */
@@ -92,7 +94,8 @@ enum kind { GATEWAY = 1, VXLAN, PHYSICAL };
 
 struct attachment {
 	__u32 kind;
-	__u32 net; /* 0 for a physical NIC, which is the uplink of all networks that have one */
+	__u32 net;  /* 0 for a physical NIC, which is the uplink of all networks that have one */
+	__u32 slot; /* of `counters_of` */
 };
 
 /* `known`, by network and MAC: the addresses of a NIC, wherever it is. */
@@ -132,7 +135,7 @@ enum reason {
 	REASONS,
 };
 
-/* `counters_of`, by the link's index, for each CPU. */
+/* `counters_of`, by the slot that the control plane gives a link, for each CPU. Slot 0 is nobody's. */
 struct counters {
 	__u64 tx_packets, tx_bytes; /* from the guest */
 	__u64 rx_packets, rx_bytes; /* to the guest */

@@ -33,7 +33,7 @@ SPARSE_MAP(BPF_MAP_TYPE_HASH, __u32, struct network, MAX_NETWORKS, networks);
 SPARSE_MAP(BPF_MAP_TYPE_HASH, __u32, struct attachment, MAX_LINKS, links);
 SPARSE_MAP(BPF_MAP_TYPE_HASH, struct member, __u8, MAX_TRUNKS, trunks);
 SPARSE_MAP(BPF_MAP_TYPE_HASH, struct limited, struct bucket, MAX_PORTS * 2, buckets);
-SPARSE_MAP(BPF_MAP_TYPE_PERCPU_HASH, __u32, struct counters, MAX_PORTS, counters_of);
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, __u32, struct counters, MAX_COUNTED, counters_of);
 MAP(BPF_MAP_TYPE_LRU_PERCPU_HASH, struct pair, struct traffic, MAX_PAIRS, pairs);
 MAP(BPF_MAP_TYPE_ARRAY, __u32, struct rule, MAX_RULES, rules);
 MAP(BPF_MAP_TYPE_LRU_HASH, struct flow, struct flow_state, MAX_FLOWS, flows);

@@ -92,7 +92,8 @@ class Seen:
 
 def total(switch: dispatcher.Switch, link: int) -> Counters:
     """The counters of a link, of all CPUs together."""
-    copies = [Counters.unpack(raw) for raw in switch.maps["counters_of"].each(index(link))]
+    (slot,) = switch.slots_of([link]).values()
+    copies = [Counters.unpack(raw) for raw in switch.maps["counters_of"].each(index(slot))]
     reasons = [sum(each) for each in zip(*(tuple(one.dropped.values()) for one in copies), strict=True)]
     fields = ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "answered")
     sums = [sum(getattr(one, field) for one in copies) for field in fields]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +179,29 @@ class Switch:
         )
         return [raw for raw in found if raw]
 
-    def count_from_zero(self, link: int) -> None:
-        """Give a link counters, unless it has some."""
-        counters = self.maps["counters_of"]
-        if not counters.each(index(link)):
-            counters.set(index(link), _COUNTED_FROM_ZERO)
+    def slots_of(self, wanted: Iterable[int]) -> dict[int, int]:
+        """Where links, by index, have their counters. Who has none yet is given some, and counts from zero.
+
+        :raise BpfError: there are none left.
+        """
+        taken = {key: Nic.unpack(raw).slot for key, raw in self.maps["ports"].items()}
+        taken |= {key: Attachment.unpack(raw).slot for key, raw in self.maps["links"].items()}
+        used = set(taken.values())
+        free = (slot for slot in range(1, MAPS["counters_of"][2]) if slot not in used)
+        found = {}
+        for link in wanted:
+            slot = taken.get(index(link)) or next(free, None)
+            if slot is None:
+                raise BpfError(f"the table 'counters_of' is full: it has {MAPS['counters_of'][2]} entries")
+            if slot not in used:
+                self.maps["counters_of"].set(index(slot), _COUNTED_FROM_ZERO)
+            found[link] = slot
+        return found
 
     def forget_port(self, link: int) -> None:
         """Take a tap from the tables."""
         raw = self.maps["ports"].get(index(link))
         self.maps["ports"].delete(index(link))
-        self.maps["counters_of"].delete(index(link))
         for direction in (FROM_GUEST, TO_GUEST):
             self.maps["buckets"].delete(Limited(link, direction).pack())
         if raw is None:
@@ -339,8 +351,10 @@ def ensure(uid: str, wanted: Membership) -> links.Plugged:
             if name == network.name:
                 taps[link.get("ifname")] = link["index"]
         with contextlib.closing(Switch(ip, uid, _running(ip, uid, found))) as switch:
-            made = tables.build(wanted, net, vxlan, taps)
-            _write(switch, wanted, net, vxlan, made)
+            slots = switch.slots_of((net, *([vxlan] if vxlan else []), *taps.values()))
+            here = tables.HostLinks(net, vxlan, taps, slots)
+            made = tables.build(wanted, here)
+            _write(switch, wanted, here, made)
             if vxlan:
                 _lead(ip, vxlan, made.hosts)
                 switch.attach(vxlan, INGRESS)
@@ -354,22 +368,18 @@ def ensure(uid: str, wanted: Membership) -> links.Plugged:
     return links.Plugged(net, taps)
 
 
-def _write(switch: Switch, wanted: Membership, net: int, vxlan: int, made: tables.Tables) -> None:
-    before, maps = switch.network(net), switch.maps
+def _write(switch: Switch, wanted: Membership, here: tables.HostLinks, made: tables.Tables) -> None:
+    net, maps = here.net, switch.maps
     macs = {Owner.unpack(key).mac for key in (*made.known, *maps["known"].all_keys()) if Owner.unpack(key).net == net}
     mine = {int.from_bytes(key, "little") for key in made.ports}
     mine |= {int.from_bytes(key, "little") for key, raw in maps["ports"].items() if Nic.unpack(raw).net == net}
-    for link in (net, *([vxlan] if vxlan else []), *(int.from_bytes(key, "little") for key in made.ports)):
-        switch.count_from_zero(link)
-    _write_network(switch, wanted, net, vxlan, before)
+    _write_network(switch, wanted, here)
     switch.reconcile("trunks", made.trunks, lambda key, _: Member.unpack(key).mac in macs)
     switch.reconcile("buckets", made.buckets, lambda key, _: Limited.unpack(key).ifindex in mine, _same_rate)
     switch.reconcile("known", made.known, lambda key, _: Owner.unpack(key).net == net)
     switch.reconcile("list", made.list, lambda _, value: Place.unpack(value).net == net)
     switch.reconcile("ports", made.ports, lambda _, value: Nic.unpack(value).net == net)
     switch.reconcile("links", made.links, lambda _, value: Attachment.unpack(value).net == net)
-    for link in mine - {int.from_bytes(key, "little") for key in made.ports}:
-        maps["counters_of"].delete(index(link))
 
 
 def _same_rate(there: bytes, wanted: bytes) -> bool:
@@ -377,8 +387,8 @@ def _same_rate(there: bytes, wanted: bytes) -> bool:
     return (one.rate, one.burst) == (other.rate, other.burst)
 
 
-def _write_network(switch: Switch, wanted: Membership, net: int, vxlan: int, before: NetworkEntry | None) -> None:
-    network = wanted.network
+def _write_network(switch: Switch, wanted: Membership, here: tables.HostLinks) -> None:
+    network, before = wanted.network, switch.network(here.net)
     packed = rules.packed(network.rules)
     first, generation = (before.first_rule, before.generation) if before else (0, 0)
     if not before or switch.rules_of(before) != packed:
@@ -391,7 +401,7 @@ def _write_network(switch: Switch, wanted: Membership, net: int, vxlan: int, bef
     net4, mask4, net6, mask6 = tables.prefixes(network)
     entry = NetworkEntry(
         flags=flags,
-        vxlan=vxlan,
+        vxlan=here.vxlan,
         mtu=network.mtu,
         generation=generation,
         first_rule=first,
@@ -401,9 +411,10 @@ def _write_network(switch: Switch, wanted: Membership, net: int, vxlan: int, bef
         net6=net6,
         mask6=mask6,
         gateway=packed_mac(network.gateway_mac),
+        slot=here.slots[here.net],
     )
     if entry != before:
-        switch.maps["networks"].set(index(net), entry.pack())
+        switch.maps["networks"].set(index(here.net), entry.pack())
 
 
 def _room_for(switch: Switch, count: int) -> int:
@@ -442,7 +453,7 @@ def _uplinks(ip: IPRoute, switch: Switch, found: list[Any], wanted: Membership |
     }
     for link in physical:
         if link not in known:
-            table.set(index(link), Attachment(Kind.PHYSICAL, 0).pack())
+            table.set(index(link), Attachment(Kind.PHYSICAL, 0, 0).pack())
         switch.attach(link, INGRESS, UPLINK)
     for link in known - physical:
         switch.detach(link, INGRESS)

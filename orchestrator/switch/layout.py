@@ -13,7 +13,7 @@ from enum import IntEnum, IntFlag
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import ClassVar, Self
 
-LAYOUT = 1
+LAYOUT = 2
 TRACE_MARK = 0x6F726374
 NOWHERE = bytes(16)
 
@@ -133,7 +133,7 @@ class _Packed:
 class Nic(_Packed):
     """What the guest behind a tap may send. ``ip4`` has 4 bytes, ``mac`` 6, the others 16."""
 
-    FORMAT = struct.Struct("<IIII4sH6s4x16s16s")
+    FORMAT = struct.Struct("<IIII4sH6sI16s16s")
     net: int
     flags: int
     group: int
@@ -141,6 +141,7 @@ class Nic(_Packed):
     ip4: bytes
     vlan: int
     mac: bytes
+    slot: int
     ip6: bytes
     link_local: bytes
 
@@ -154,19 +155,20 @@ class Where(_Packed):
 
 @dataclass(frozen=True)
 class Place(_Packed):
-    FORMAT = struct.Struct("<IIIIIH6s")
+    FORMAT = struct.Struct("<IIIIIIH6s")
     net: int
     ifindex: int
     flags: int
     group: int
     mirror: int
+    slot: int
     vlan: int
     mac: bytes
 
 
 @dataclass(frozen=True)
 class NetworkEntry(_Packed):
-    FORMAT = struct.Struct("<IIIIII4s4s16s16s6s2x")
+    FORMAT = struct.Struct("<IIIIII4s4s16s16s6sH")
     flags: int
     vxlan: int
     mtu: int
@@ -178,13 +180,15 @@ class NetworkEntry(_Packed):
     net6: bytes
     mask6: bytes
     gateway: bytes
+    slot: int
 
 
 @dataclass(frozen=True)
 class Attachment(_Packed):
-    FORMAT = struct.Struct("<II")
+    FORMAT = struct.Struct("<III")
     kind: int
     net: int
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -301,7 +305,7 @@ MAPS: dict[str, tuple[int, int, int]] = {
     "links": (4, Attachment.FORMAT.size, 512),
     "trunks": (Member.FORMAT.size, 1, 65536),
     "buckets": (Limited.FORMAT.size, Bucket.FORMAT.size, 8192),
-    "counters_of": (4, Counters.FORMAT.size, 4096),
+    "counters_of": (4, Counters.FORMAT.size, 5120),
     "pairs": (Pair.FORMAT.size, Traffic.FORMAT.size, 16384),
     "rules": (4, Rule.FORMAT.size, 4096),
     "flows": (48, 16, 65536),

@@ -19,6 +19,7 @@ from orchestrator.switch.layout import (
     FROM_GUEST,
     NOWHERE,
     TO_GUEST,
+    Attachment,
     Bucket,
     Counters,
     Flag,
@@ -321,7 +322,7 @@ def port(
         rate_out=_rate(tables, number, FROM_GUEST),
         rate_in=_rate(tables, number, TO_GUEST),
         mirror=guests.get(nic.mirror),
-        counted=counted(tables["counters_of"].each(index(number)), now),
+        counted=counted(tables["counters_of"].each(index(nic.slot)), now),
     )
 
 
@@ -408,7 +409,7 @@ class _Reader:
             rules=entry.rules,
             listed=sum(owner.net == net for owner in owners),
             ports=self._switched(heads),
-            host=counted(self.tables["counters_of"].each(index(net)), self.now),
+            host=counted(self.tables["counters_of"].each(index(entry.slot)), self.now),
             underlay=self._underlay(entry.vxlan, away) if away else None,
         )
 
@@ -428,7 +429,9 @@ class _Reader:
 
     def _underlay(self, number: int, link: Any) -> Counted:
         """The program counts what comes in by the VXLAN, the kernel what leaves by it, without Ethernet's header."""
-        come, gone = counted(self.tables["counters_of"].each(index(number)), self.now), _of_link(link)
+        raw = self.tables["links"].get(index(number))
+        slot = Attachment.unpack(raw).slot if raw else 0
+        come, gone = counted(self.tables["counters_of"].each(index(slot)), self.now), _of_link(link)
         return replace(come, rx_packets=gone.rx_packets, rx_bytes=gone.rx_bytes + gone.rx_packets * _ETHERNET_BYTES)
 
     def macs(self, facts: Mapping[int, NetworkFacts]) -> dict[str, str]:

@@ -53,30 +53,44 @@ class Tables:
     hosts: dict[str, str] = field(default_factory=dict)
 
 
-def build(wanted: Membership, net: int, vxlan: int, taps: Mapping[str, int]) -> Tables:
+@dataclass(frozen=True)
+class HostLinks:
+    """The links of one network that are on this host.
+
+    :ivar net: index of the gateway link.
+    :ivar vxlan: index of the VXLAN; 0: none.
+    :ivar taps: tap → index.
+    :ivar slots: index of each of these links → where its counters are.
     """
-    :param net: index of the network's gateway link.
-    :param vxlan: index of its VXLAN; 0: none.
-    :param taps: tap → index, of the network's taps that are there.
-    """
+
+    net: int
+    vxlan: int
+    taps: Mapping[str, int]
+    slots: Mapping[int, int]
+
+
+def build(wanted: Membership, links: HostLinks) -> Tables:
+    """What the maps should hold."""
     made = Tables()
+    net, vxlan, slots = links.net, links.vxlan, links.slots
     routed = wanted.network.uplink
-    made.links[index(net)] = Attachment(Kind.GATEWAY, net).pack()
+    made.links[index(net)] = Attachment(Kind.GATEWAY, net, slots[net]).pack()
     if vxlan:
-        made.links[index(vxlan)] = Attachment(Kind.VXLAN, net).pack()
+        made.links[index(vxlan)] = Attachment(Kind.VXLAN, net, slots[vxlan]).pack()
     gateway = Place(
         net=net,
         ifindex=net,
         flags=Flag.HOST,
         group=0,
         mirror=0,
+        slot=slots[net],
         vlan=0,
         mac=packed_mac(wanted.network.gateway_mac),
     )
     for address in _gateway_addresses(wanted.network):
         made.list[Where(packed(address), net).pack()] = gateway.pack()
     for listed in wanted.listed:
-        _add(made, listed, wanted, net, vxlan, taps, routed)
+        _add(made, listed, wanted.local, links, routed)
     return made
 
 
@@ -85,10 +99,8 @@ def _gateway_addresses(network: ResolvedNetwork) -> list[str]:
     return [*addresses, str(link_local(network.gateway_mac))]
 
 
-def _add(
-    made: Tables, listed: Listed, wanted: Membership, net: int, vxlan: int, taps: Mapping[str, int], routed: bool
-) -> None:
-    nic = listed.nic
+def _add(made: Tables, listed: Listed, local_host: str, links: HostLinks, routed: bool) -> None:
+    nic, net, taps = listed.nic, links.net, links.taps
     mac = packed_mac(nic.mac)
     flags = Flag.ISOLATED if nic.isolated else Flag(0)
     flags |= Flag.TRUNK if nic.trunk else Flag(0)
@@ -96,18 +108,18 @@ def _add(
     local = flags | (Flag.LIMITED if nic.rate_out or nic.rate_in else Flag(0)) | Flag.LOCAL
     mirror = taps.get(nic.mirror, 0) if nic.mirror else 0
     if here:
-        made.ports[index(here)] = _port(nic, net, local, mirror)
+        made.ports[index(here)] = _port(nic, net, local, mirror, links.slots[here])
         for direction, rate in ((FROM_GUEST, nic.rate_out), (TO_GUEST, nic.rate_in)):
             if rate:
                 made.buckets[Limited(here, direction).pack()] = _bucket(rate)
-    if listed.at == wanted.local:
+    if listed.at == local_host:
         if not here:
             return  # it is listed when its tap is made
-        place = Place(net, here, local, group_id(nic.group), mirror, nic.vlan, mac)
+        place = Place(net, here, local, group_id(nic.group), mirror, links.slots[here], nic.vlan, mac)
     else:
-        if not vxlan:
+        if not links.vxlan:
             return
-        place = Place(net, vxlan, flags | Flag.REMOTE, group_id(nic.group), 0, nic.vlan, mac)
+        place = Place(net, links.vxlan, flags | Flag.REMOTE, group_id(nic.group), 0, 0, nic.vlan, mac)
         made.hosts[nic.mac] = listed.at
     local_address = link_local(nic.mac)
     for address in (*map(ip_address, nic.addresses), local_address):
@@ -126,7 +138,7 @@ def _of(nic: ResolvedNic, version: int) -> bytes:
     return next((packed(one) for one in map(ip_address, nic.addresses) if one.version == version), NOWHERE)
 
 
-def _port(nic: ResolvedNic, net: int, flags: int, mirror: int) -> bytes:
+def _port(nic: ResolvedNic, net: int, flags: int, mirror: int, slot: int) -> bytes:
     return Nic(
         net=net,
         flags=flags,
@@ -135,6 +147,7 @@ def _port(nic: ResolvedNic, net: int, flags: int, mirror: int) -> bytes:
         ip4=_of(nic, 4)[12:],
         vlan=nic.vlan,
         mac=packed_mac(nic.mac),
+        slot=slot,
         ip6=_of(nic, 6),
         link_local=link_local(nic.mac).packed,
     ).pack()

@@ -32,7 +32,7 @@ from tests.switchworld import HERE, UID, VXLAN, World, here, ip, mac, nic, tap, 
 
 pytestmark = pytest.mark.privileged
 
-ANN, BOB, CID, EVE, TRUNK, VEE, OTHER_VEE, SLOW, SEEN, EAR = range(2, 12)
+ANN, BOB, CID, EVE, TRUNK, VEE, OTHER_VEE, SLOW, SEEN, EAR, ZOE, MAX = range(2, 14)
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _TAP, _NO_PI, _VNET_HDR = 0x0002, 0x1000, 0x4000
 _CSUM, _TSO4, _TSO6 = 1, 2, 4
@@ -352,6 +352,30 @@ def test_tap_that_vanishes_leaves_no_trace_in_the_tables(wire: Wire) -> None:
     wire.ports[CID] = Port(tap(CID))
     wire.ports[ANN].send(udp(ANN, CID))
     assert wire.ports[CID].receive() == bytes(udp(ANN, CID))
+
+
+def test_counters_stay_with_their_link_and_who_comes_next_counts_from_zero(wire: Wire) -> None:
+    wire.ports[ANN].send(udp(ANN, BOB))
+    wire.ensure(replace(wire.wanted, listed=(*LISTED, here("zoe", ZOE))))
+    before = {name: wire.counters(name) for name in (tap(ANN), tap(BOB), VXLAN, "lan")}
+    zoe = Port(tap(ZOE))
+    zoe.send(udp(ZOE, BOB))
+    counted = wire.counters(tap(ZOE))
+    (slot,) = wire.switch.slots_of([wire.indexes[tap(ZOE)]]).values()
+
+    os.close(zoe.fd)
+    dispatcher.remove_port(UID, "zoe", tap(ZOE))
+    wire.ensure(replace(wire.wanted, listed=(*LISTED, here("max", MAX))))
+
+    assert (counted.tx_packets, counted.dropped["no_port"]) == (1, 0)
+    assert wire.switch.slots_of([wire.indexes[tap(MAX)]]) == {wire.indexes[tap(MAX)]: slot}, "the lowest that is free"
+    assert wire.counters(tap(MAX)).tx_packets == 0
+    assert {name: wire.counters(name) for name in (tap(ANN), VXLAN, "lan")} == {
+        name: before[name] for name in (tap(ANN), VXLAN, "lan")
+    }
+    assert wire.counters(tap(BOB)).rx_packets == before[tap(BOB)].rx_packets + 1
+    dispatcher.remove_port(UID, "max", tap(MAX))
+    wire.ensure(replace(wire.wanted, listed=LISTED))
 
 
 def test_200_ports_come_and_go_and_nothing_of_a_stream_is_lost(wire: Wire) -> None:

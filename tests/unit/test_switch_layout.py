@@ -68,7 +68,7 @@ def test_fields_are_where_python_takes_them_to_be(tmp_path: Path) -> None:
         "struct nic, ip6": 32,
         "struct nic, link_local": 48,
         "struct where, net": 16,
-        "struct place, mac": 22,
+        "struct place, mac": 26,
         "struct network, net4": 24,
         "struct network, net6": 32,
         "struct network, gateway": 64,
@@ -169,9 +169,13 @@ def place(made: tables.Tables, address: str, net: int = 5) -> Place | None:
 HERE, THERE = "192.0.2.1", "192.0.2.2"
 
 
+LINKS = tables.HostLinks(5, 6, {"tap2": 20}, {5: 1, 6: 2, 20: 3})
+ALONE = tables.HostLinks(5, 0, {"tap2": 20}, {5: 1, 20: 3})
+
+
 def test_list_says_where_each_address_is() -> None:
     listed = (Listed("ann", HERE, nic(2)), Listed("eve", THERE, nic(3)), Listed("late", HERE, nic(4)))
-    made = tables.build(Membership(network(), HERE, (THERE,), "no", listed), 5, 6, {"tap2": 20})
+    made = tables.build(Membership(network(), HERE, (THERE,), "no", listed), LINKS)
 
     ann, eve, gateway = place(made, "10.1.0.2"), place(made, "fd01::3"), place(made, "10.1.0.1")
     assert ann is not None
@@ -187,9 +191,7 @@ def test_list_says_where_each_address_is() -> None:
 
 
 def test_guest_that_is_to_arrive_has_its_tap_here_and_its_addresses_there() -> None:
-    made = tables.build(
-        Membership(network(), HERE, (THERE,), "no", (Listed("ann", THERE, nic(2)),)), 5, 6, {"tap2": 20}
-    )
+    made = tables.build(Membership(network(), HERE, (THERE,), "no", (Listed("ann", THERE, nic(2)),)), LINKS)
 
     there = place(made, "10.1.0.2")
     assert made.ports.keys() == {index(20)}
@@ -198,9 +200,7 @@ def test_guest_that_is_to_arrive_has_its_tap_here_and_its_addresses_there() -> N
 
 
 def test_uplinks_know_the_addresses_of_networks_that_have_one() -> None:
-    made = tables.build(
-        Membership(network(uplink=True), HERE, (), "all", (Listed("ann", HERE, nic(2)),)), 5, 0, {"tap2": 20}
-    )
+    made = tables.build(Membership(network(uplink=True), HERE, (), "all", (Listed("ann", HERE, nic(2)),)), ALONE)
 
     assert place(made, "10.1.0.2", 0) == place(made, "10.1.0.2")
     assert place(made, str(layout.link_local(nic(2).mac)), 0) is None, "which is no address beyond the network"
@@ -208,9 +208,7 @@ def test_uplinks_know_the_addresses_of_networks_that_have_one() -> None:
 
 @pytest.mark.parametrize(("rate", "burst"), [(1_000_000, 256 << 10), (8_000_000_000, 50_000_000)])
 def test_bucket_holds_50_milliseconds_and_four_of_the_largest_frames(rate: int, burst: int) -> None:
-    made = tables.build(
-        Membership(network(), HERE, (), "no", (Listed("ann", HERE, nic(2, rate_out=rate)),)), 5, 0, {"tap2": 20}
-    )
+    made = tables.build(Membership(network(), HERE, (), "no", (Listed("ann", HERE, nic(2, rate_out=rate)),)), ALONE)
     (raw,) = made.buckets.values()
 
     assert layout.Bucket.unpack(raw) == layout.Bucket(rate // 8, burst, burst)

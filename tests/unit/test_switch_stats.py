@@ -32,6 +32,7 @@ from orchestrator.switch.stats import Counted, HostStats, NetworkStats, PairStat
 NOW = 50_000_000_000
 MAC, OTHER_MAC, STRANGER = "02:00:00:00:00:02", "02:00:00:00:00:03", "02:de:ad:00:00:01"
 TAP, EAR = 9, 10
+SLOT = 3
 HEAD = PortStats("ann", MAC, "ot-00000009", "lan", overruns=4)
 
 
@@ -103,6 +104,7 @@ def nic(**changes: object) -> Nic:
         "ip4": packed("10.10.0.2")[12:],
         "vlan": 0,
         "mac": packed_mac(MAC),
+        "slot": SLOT,
         "ip6": packed("fd10::2"),
         "link_local": NOWHERE,
     }
@@ -121,7 +123,7 @@ def test_port_has_its_identity_and_policy() -> None:
     seen = port(
         nic(vlan=7, group=0xABCD, mirror=EAR, flags=Flag.LOCAL | Flag.ISOLATED),
         buckets=buckets,
-        counters_of=Fake().add(index(TAP), counters(1, 60, 0, 0, 0, 0, vlan=2)),
+        counters_of=Fake().add(index(SLOT), counters(1, 60, 0, 0, 0, 0, vlan=2)),
     )
 
     assert (seen.guest, seen.tap, seen.plugged, seen.overruns) == ("ann", "ot-00000009", True, 4)
