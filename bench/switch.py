@@ -25,7 +25,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import pollers
 import tools
+import underlays
 import wires
 from report import Row, write
 from wires import Host, Way, pinned, run
@@ -225,6 +227,42 @@ def taps(options: argparse.Namespace, traffic: Traffic) -> list[Row]:
     ]
 
 
+def polled(options: argparse.Namespace, _: Traffic) -> list[Row]:
+    """What copies from virtqueue to virtqueue; each switch in turn has the second processor for itself."""
+    figures: Figures = defaultdict(list)
+    for number in range(options.rounds):
+        for start in (pollers.ours, pollers.open_vswitch):
+            with contextlib.ExitStack() as stack:
+                try:
+                    poller = start(stack)
+                    figures[poller.name].append(pollers.Guest(stack, poller).rate(options.seconds))
+                except tools.MissingError as error:
+                    say(f"LEFT OUT: {error}")
+        say(f"virtqueues: round {number + 1} of {options.rounds}")
+    if "ours" not in figures:
+        return []
+    peers = [name for name in figures if name != "ours"]
+    return [
+        Row.of("frames of 64 bytes, virtqueues", "Mpps", figures["ours"], figures[peer], peer, "higher")
+        for peer in peers
+    ]
+
+
+def underlay(options: argparse.Namespace, traffic: Traffic) -> list[Row]:
+    """What carries frames from host to host, by itself; the first is what the switch uses."""
+    figures: Figures = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        pairs = {kind: underlays.hosts(stack, kind) for kind in underlays.KINDS}
+        for _ in range(options.rounds):
+            for kind, pair in pairs.items():
+                figures[kind].append(traffic.frames_of_processor(*pair))
+    ours, *peers = underlays.KINDS
+    return [
+        Row.of(f"frames of 64 bytes, {ours}, alone", "kpps", figures[ours], figures[peer], peer, "higher")
+        for peer in peers
+    ]
+
+
 def attach(options: argparse.Namespace, _: Traffic) -> list[Row]:
     """100 ports at once, and one more: each time in a new namespace. Before that the program is loaded into the
     kernel, as every agent does once."""
@@ -389,6 +427,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, Traffic], list[Row]]] = {
     "one-host": one_host,
     "two-hosts": two_hosts,
     "taps": taps,
+    "underlay": underlay,
+    "polled": polled,
     "attach": attach,
     "ports": ports,
     "guests": guests,

@@ -16,6 +16,7 @@ from pathlib import Path
 from orchestrator import paths
 
 DOWNLOAD_SECONDS = 120
+_FOLDERS = ("bin", "sbin", "lib/openvswitch-switch", "lib/openvswitch-switch-dpdk")
 
 
 class MissingError(Exception):
@@ -42,8 +43,17 @@ def find(program: str, package: str) -> Path:
 
 def shared(path: str) -> Path:
     """A file below ``/usr/share`` of a package that :func:`find` has found."""
-    installed = Path("/usr/share") / path
-    return installed if installed.exists() else _root() / "usr/share" / path
+    return _below("share", path)
+
+
+def library(path: str) -> Path:
+    """A file or folder of such a package, below the folder of this machine's libraries."""
+    return _below(f"lib/{platform.machine()}-linux-gnu", path)
+
+
+def _below(folder: str, path: str) -> Path:
+    installed = Path("/usr") / folder / path
+    return installed if installed.exists() else _root() / "usr" / folder / path
 
 
 def environment() -> dict[str, str]:
@@ -54,7 +64,7 @@ def environment() -> dict[str, str]:
 
 def _search_path() -> str:
     root = _root() / "usr"
-    return ":".join(str(root / folder) for folder in ("bin", "sbin", "lib/openvswitch-switch"))
+    return ":".join(str(root / folder) for folder in _FOLDERS)
 
 
 def _run(*words: str, folder: Path | None = None) -> str:

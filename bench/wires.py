@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +48,7 @@ RATES = ("TCP_RR", "TCP throughput")
 processor time would not see."""
 SIOCETHTOOL, ETHTOOL_STXCSUM = 0x8946, 0x17
 
-Datapath = Literal["ebpf", "bridge"]
+Datapath = Literal["ebpf", "bridge", "vhost-user"]
 _numbers = itertools.count()
 
 
@@ -65,11 +65,16 @@ def pinned(processor: int, *words: str | Path) -> list[str | Path]:
     return ["taskset", "-c", str(processor % (os.cpu_count() or 1)), *words]
 
 
+def fresh_name(label: str) -> str:
+    """A name that :func:`remove_what_was_left` knows."""
+    return f"{OWN}{next(_numbers)}-{label}"
+
+
 class Space:
     """A network namespace, for as long as ``stack`` is open."""
 
     def __init__(self, stack: contextlib.ExitStack, label: str) -> None:
-        self.name = f"{OWN}{next(_numbers)}-{label}"
+        self.name = fresh_name(label)
         netns.create(self.name)
         stack.callback(netns.remove, self.name)
         self._stack = stack
@@ -159,6 +164,24 @@ def nic(number: int) -> ResolvedNic:
     )
 
 
+def network(datapath: Datapath) -> ResolvedNetwork:
+    return ResolvedNetwork(
+        name="lan",
+        vni=77,
+        mtu=MTU,
+        bridge="lan",
+        vxlan="ox-00000077",
+        ipv4="10.10.0.0/16",
+        ipv6="fd10::/64",
+        gateway4=f"{address(1)}/16",
+        gateway6="fd10::1/64",
+        gateway_mac=mac(1),
+        uplink=False,
+        datapath=datapath,
+        hosts=["alpha", "beta"],
+    )
+
+
 def small_frame(sender: int, receiver: int) -> bytes:
     """A UDP datagram in a frame that is, with its checksum, of 64 bytes."""
     mine, other = nic(sender), nic(receiver)
@@ -201,23 +224,8 @@ class Host:
 
     def ensure(self, datapath: Datapath, others: tuple[Host, ...] = ()) -> float:
         """Have ``datapath`` carry the network; how long that took, in seconds."""
-        network = ResolvedNetwork(
-            name="lan",
-            vni=77,
-            mtu=MTU,
-            bridge="lan",
-            vxlan="ox-00000077",
-            ipv4="10.10.0.0/16",
-            ipv6="fd10::/64",
-            gateway4=f"{address(1)}/16",
-            gateway6="fd10::1/64",
-            gateway_mac=mac(1),
-            uplink=False,
-            datapath=datapath,
-            hosts=["alpha", "beta"],
-        )
         listed = (*self.listed, *itertools.chain.from_iterable(other.listed for other in others))
-        wanted = Membership(network, self.at, tuple(other.at for other in others), "no", listed)
+        wanted = Membership(network(datapath), self.at, tuple(other.at for other in others), "no", listed)
         with self.space.entered():
             began = time.monotonic()
             (dispatcher if datapath == "ebpf" else bridge).ensure(UID, wanted)
@@ -322,27 +330,63 @@ def _without_checksum_offload(link: str) -> None:
         fcntl.ioctl(any_socket, SIOCETHTOOL, struct.pack("16sQ", link.encode(), where))
 
 
+def scratch(stack: contextlib.ExitStack) -> Path:
+    """A folder, for as long as ``stack`` is open."""
+    folder = Path(tempfile.mkdtemp(prefix=OWN))
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class OpenVSwitch:
+    """It in user space, with a bridge ``ovs``, for as long as ``stack`` is open.
+
+    :param switchd: the daemon's command line.
+    :param options: its ``other_config``; ``_`` stands for ``-``.
+    :raise MissingError: its package cannot be had.
+    """
+
+    def __init__(
+        self, stack: contextlib.ExitStack, space: Space, switchd: Sequence[str | Path], **options: str
+    ) -> None:
+        tool, server, self._vsctl, self._ofctl = (
+            tools.find(program, "openvswitch-switch")
+            for program in ("ovsdb-tool", "ovsdb-server", "ovs-vsctl", "ovs-ofctl")
+        )
+        self._folder = scratch(stack)
+        self._database = f"unix:{self._folder}/db.sock"
+        env = {f"OVS_{name}DIR": str(self._folder) for name in ("RUN", "DB", "LOG")}
+        run(tool, "create", self._folder / "conf.db", tools.shared("openvswitch/vswitch.ovsschema"))
+        space.start(server, self._folder / "conf.db", f"--remote=p{self._database}", env=env)
+        self.set("--no-wait", "init")
+        for name, value in options.items():
+            option = f'other_config:{name.replace("_", "-")}="{value}"'
+            self.set("--no-wait", "set", "Open_vSwitch", ".", option)
+        space.start(*switchd, self._database, env=env)
+        self.set("add-br", "ovs", "--", "set", "bridge", "ovs", "datapath_type=netdev")
+
+    def set(self, *words: str) -> None:
+        """Call ``ovs-vsctl``."""
+        run(self._vsctl, f"--db={self._database}", "--retry", f"--timeout={PATIENCE_SECONDS}", *words)
+
+    def add_port(self, name: str, *settings: str) -> None:
+        self.set("add-port", "ovs", name, *(("--", "set", "interface", name, *settings) if settings else ()))
+
+    def have_only(self, flow: str) -> None:
+        """Forward by one OpenFlow rule instead of by what it learns."""
+        place = f"unix:{self._folder}/ovs.mgmt"
+        run(self._ofctl, "del-flows", place)
+        run(self._ofctl, "add-flow", place, flow)
+
+
 def open_vswitch(stack: contextlib.ExitStack) -> Way:
     """
     :raise MissingError: its package cannot be had.
     """
-    package = "openvswitch-switch"
-    ovsdb_tool, ovsdb, switchd, vsctl = (
-        tools.find(program, package) for program in ("ovsdb-tool", "ovsdb-server", "ovs-vswitchd", "ovs-vsctl")
-    )
-    folder = Path(tempfile.mkdtemp(prefix=OWN))
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
     host = Host(stack, "ovs")
     client, server = host.plug(2), host.plug(3)
-    database, env = f"unix:{folder}/db.sock", {f"OVS_{name}DIR": str(folder) for name in ("RUN", "DB", "LOG")}
-    run(ovsdb_tool, "create", folder / "conf.db", tools.shared("openvswitch/vswitch.ovsschema"))
-    host.space.start(ovsdb, folder / "conf.db", f"--remote=p{database}", env=env)
-    control = [vsctl, f"--db={database}", "--retry", f"--timeout={PATIENCE_SECONDS}"]
-    run(*control, "--no-wait", "init")
-    host.space.start(switchd, database, env=env)
-    run(*control, "add-br", "ovs", "--", "set", "bridge", "ovs", "datapath_type=netdev")
+    switch = OpenVSwitch(stack, host.space, [tools.find("ovs-vswitchd", "openvswitch-switch")])
     for listed in host.listed:
-        run(*control, "add-port", "ovs", listed.nic.tap)
+        switch.add_port(listed.nic.tap)
         host.space.ip("link", "set", listed.nic.tap, "up")
         with host.space.entered():
             _without_checksum_offload(listed.nic.tap)
@@ -357,8 +401,7 @@ def vde(stack: contextlib.ExitStack) -> Way:
     :raise MissingError: its package cannot be had.
     """
     program = tools.find("vde_switch", "vde2")
-    folder = Path(tempfile.mkdtemp(prefix=OWN))
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    folder = scratch(stack)
     space, taps = Space(stack, "vde"), ["vde2", "vde3"]
     process = space.start(
         program,
