@@ -23,7 +23,7 @@ from tests.integration.computers import STATE_MIB, Computers, computers
 pytestmark = pytest.mark.privileged
 
 OTHER = {"one": "two", "two": "one"}
-SECONDS = 120.0
+SECONDS = 300.0
 WEB = "{host: one, disks: [{name: data, size: 64M}]}"
 
 

@@ -22,12 +22,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 use serde::Serialize;
+use vring::socket::Socket;
 
 use crate::control;
 use crate::list::List;
 use crate::poll::{Gone, Handle};
 use crate::session;
-use crate::socket::Socket;
 use crate::tap::Tap;
 use crate::wish::{self, Mac, Wish};
 

@@ -8,8 +8,9 @@
 //! processor's cache. So the copy is written and read in the same 16-byte steps, it is never changed, and what the
 //! receiver gets instead of it (header and MAC) is put together in registers.
 
+use vring::memory::{Segment, copy_from};
+
 use crate::frame::NET_HEADER;
-use crate::memory::{Segment, copy_from};
 
 /// Bytes of the copy.
 pub const HEAD: usize = 128;

@@ -37,9 +37,9 @@
 //! | [`switch`] | the way of a frame |
 //! | [`frame`], [`list`] | what may take the short cut, and where to |
 //! | [`head`] | the copy that is judged |
-//! | [`port`], [`ring`], [`memory`] | queues in a guest's memory |
-//! | [`tap`], [`socket`] | links and sockets |
-//! | [`fault`], [`sandbox`] | what a hostile VMM or guest cannot do |
+//! | [`port`], [`vring::ring`], [`vring::memory`] | queues in a guest's memory |
+//! | [`tap`], [`vring::socket`] | links and sockets |
+//! | [`vring::fault`], [`vring::sandbox`] | what a hostile VMM or guest cannot do |
 //!
 //! # What is trusted
 //!
@@ -54,17 +54,12 @@
 
 pub mod control;
 pub mod daemon;
-pub mod fault;
 pub mod frame;
 pub mod head;
 pub mod list;
-pub mod memory;
 pub mod poll;
 pub mod port;
-pub mod ring;
-pub mod sandbox;
 pub mod session;
-pub mod socket;
 pub mod switch;
 pub mod tap;
 pub mod wish;

@@ -14,8 +14,31 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
+use vring::{fault, sandbox};
 use vswitch::daemon::Daemon;
-use vswitch::{fault, poll, sandbox};
+use vswitch::poll;
+
+const CAP_CHOWN: u32 = 0;
+const CAP_NET_ADMIN: u32 = 12;
+/// To give sockets their owners, and to attach taps.
+const CAPABILITIES: u64 = 1 << CAP_CHOWN | 1 << CAP_NET_ADMIN;
+
+/// What other back ends need not do.
+const SYSCALLS: &[libc::c_long] = &[
+    // taps
+    libc::SYS_openat,
+    libc::SYS_writev,
+    // waiting for many files
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    // owners of sockets
+    libc::SYS_fchownat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chown,
+];
 
 /// Carries frames between guests from virtqueue to virtqueue (vhost-user-net).
 #[derive(Debug, Parser)]
@@ -60,7 +83,7 @@ fn run(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     fault::install()?;
     if !options.no_sandbox {
-        sandbox::enter()?;
+        sandbox::enter(CAPABILITIES, SYSCALLS)?;
     }
     let (switch, _thread) = poll::start(options.busy_poll_us)?;
     let daemon = Arc::new(Daemon::new(switch)?);

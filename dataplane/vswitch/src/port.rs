@@ -23,12 +23,12 @@ use std::sync::Arc;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vring::memory::{DirtyLog, GuestMemory, Segment, Writer};
+use vring::ring::{Addresses, Direction, Features, LINE, Ring, RingError, prefetch_to_write};
 
 use crate::frame::{Identity, LEGACY_NET_HEADER, NET_HEADER};
 use crate::head::Head;
 use crate::list::{Policy, Table};
-use crate::memory::{DirtyLog, GuestMemory, Segment, Writer};
-use crate::ring::{Addresses, Direction, Features, LINE, Ring, RingError, prefetch_to_write};
 use crate::tap::Tap;
 
 /// Queue pairs of a port, at most.

@@ -43,11 +43,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vring::memory::{DirtyLog, GuestMemory, MAX_REGIONS, Region};
+use vring::ring::Addresses;
 
-use crate::memory::{DirtyLog, GuestMemory, MAX_REGIONS, Region};
 use crate::poll::Handle;
 use crate::port::{LOG_ALL, PROTOCOL_FEATURES};
-use crate::ring::Addresses;
 use crate::switch::{SetupError, Switch};
 
 /// What is offered to guests. (To announce themselves after a migration is up to them and their VMM; it is offered

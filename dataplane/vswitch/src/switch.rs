@@ -25,13 +25,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use vring::memory::{DirtyLog, GuestMemory, Segment, copy_from};
+use vring::ring::{Addresses, Direction, LINE, Ring, RingError, prefetch};
+
 use crate::frame::{self, Address, ETHERNET, MAX_FRAME, NET_HEADER, NetHeader};
 use crate::head::{HEAD, Head};
 use crate::list::List;
-use crate::memory::{DirtyLog, GuestMemory, Segment, copy_from};
 use crate::poll::{Events, Pace, Token};
 use crate::port::{Buffers, Counters, MAX_PAIRS, Packet, Port, Received, Settings, Traffic};
-use crate::ring::{Addresses, Direction, LINE, Ring, RingError, prefetch};
 use crate::tap::Tap;
 
 /// Frames of one queue in one go.

@@ -10,8 +10,8 @@ use std::sync::{Arc, LazyLock};
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vswitch::memory::{GuestMemory, Region, Writer};
-use vswitch::ring::{Addresses, Direction, Features, Ring};
+use vring::memory::{GuestMemory, Region, Segment, Writer};
+use vring::ring::{Addresses, Direction, Features, Ring};
 
 const END: u64 = 0x10000;
 const USER: u64 = 1 << 40;
@@ -83,17 +83,25 @@ fuzz_target!(|input: Input| {
     let first = MEMORY.at(0, 1).expect("the first half").data as usize;
     let second = MEMORY.at(END / 2, 1).expect("the second half").data as usize;
     let half = (END / 2) as usize;
+    let is_in_memory = |segment: &Segment| {
+        let (start, end) = (segment.data as usize, segment.data as usize + segment.length as usize);
+        let is_in = |base: usize| start >= base && end <= base + half;
+        segment.length > 0 && (is_in(first) || is_in(second))
+    };
     let Ok(count) = ring.available(16) else { return };
     assert!(count <= 16);
     for nth in 0..count {
-        let mut segments = Vec::new();
+        let (mut segments, mut writable) = (Vec::new(), Vec::new());
+        if let Ok((given, room)) = ring.request(ring.head(nth), &mut segments, &mut writable) {
+            let total = |segments: &[Segment]| segments.iter().map(|segment| u64::from(segment.length)).sum::<u64>();
+            assert_eq!((given, room), (total(&segments), total(&writable)));
+        }
+        segments.append(&mut writable);
+        assert!(segments.iter().all(is_in_memory));
+        segments.clear();
         let Ok(total) = ring.chain(ring.head(nth), direction, &mut segments) else { return };
         assert_eq!(total, segments.iter().map(|segment| u64::from(segment.length)).sum::<u64>());
-        for segment in &segments {
-            let (start, end) = (segment.data as usize, segment.data as usize + segment.length as usize);
-            let is_in = |base: usize| start >= base && end <= base + half;
-            assert!(segment.length > 0 && (is_in(first) || is_in(second)));
-        }
+        assert!(segments.iter().all(is_in_memory));
         ring.push_used(ring.head(nth), 0);
     }
     ring.advance(count);

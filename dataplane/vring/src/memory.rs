@@ -86,10 +86,11 @@ pub struct Region {
     pub offset: u64,
 }
 
-struct Mapping {
+/// A file's beginning, for as long as there is this.
+pub(crate) struct Mapping {
     base: NonNull<libc::c_void>,
     length: usize,
-    _guard: fault::Guard,
+    guard: Option<fault::Guard>,
 }
 
 // SAFETY: a mapping is only an address range of the process, which any thread may use and unmap.
@@ -99,6 +100,8 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // First: what is mapped at that address a moment later is somebody else's.
+        self.guard = None;
         // SAFETY: the range was mapped by `Mapping::new`, and whoever has a pointer into it keeps the mapping alive.
         let unmapped = unsafe { munmap(self.base, self.length) };
         if let Err(error) = unmapped {
@@ -109,7 +112,7 @@ impl Drop for Mapping {
 
 impl Mapping {
     /// Map the file from its beginning, as huge pages want it: a region's offset need not be a multiple of theirs.
-    fn new(region: &Region, file: &File) -> Result<Self, MemoryError> {
+    pub(crate) fn new(region: &Region, file: &File) -> Result<Self, MemoryError> {
         let failed = |source: io::Error| MemoryError::Map { guest: region.guest, source };
         let needed = region.offset + region.size;
         let stat = fstat(file.as_fd()).map_err(|error| failed(error.into()))?;
@@ -141,7 +144,12 @@ impl Mapping {
                 return Err(failed(error));
             }
         };
-        Ok(Mapping { base, length: length.get(), _guard: guard })
+        Ok(Mapping { base, length: length.get(), guard: Some(guard) })
+    }
+
+    /// Where byte `offset` of the file is.
+    pub(crate) fn at(&self, offset: u64) -> *mut u8 {
+        self.base.as_ptr().cast::<u8>().wrapping_add(offset as usize)
     }
 }
 
@@ -173,9 +181,7 @@ impl DirtyLog {
             return Err(MemoryError::Impossible { guest: 0, size: length });
         }
         let mapping = Mapping::new(&region, file)?;
-        // SAFETY: the mapping is `offset + length` bytes long, at least.
-        let bits = unsafe { mapping.base.as_ptr().cast::<u8>().add(offset as usize) };
-        Ok(DirtyLog { bits, length, _mapping: mapping })
+        Ok(DirtyLog { bits: mapping.at(offset), length, _mapping: mapping })
     }
 
     /// Say that `length` bytes at the guest's address `guest` have been written. What is beyond the log is not there.
@@ -255,8 +261,7 @@ impl GuestMemory {
             return Err(MemoryError::Overlap(region.guest));
         }
         let mapping = Arc::new(Mapping::new(&region, file)?);
-        // SAFETY: the mapping is `offset + size` bytes long, at least.
-        let host = unsafe { mapping.base.as_ptr().cast::<u8>().add(region.offset as usize) };
+        let host = mapping.at(region.offset);
         let mut regions = self.regions.clone();
         let place = regions.partition_point(|mapped| mapped.region.size >= region.size);
         regions.insert(place, Mapped { region, host, _mapping: mapping });

@@ -15,8 +15,16 @@
 //!       └─────────────┘
 //! ```
 //!
-//! A ring uses its buffers in the order in which they come, and all buffers that it has taken are used when the call
-//! that took them returns: there is never one in flight. So `next_avail` is all that is to be known of a stopped ring.
+//! # Order
+//!
+//! Buffers are taken in the order in which they come ([`Ring::available`], [`Ring::head`], [`Ring::advance`]) and used
+//! in any order, at any time later ([`Ring::push_used`], [`Ring::publish`]). The ring keeps no list of what is in
+//! flight. So a device that has some there checks itself that a head is not in flight already, for a guest can make
+//! one available twice, and uses what it has taken once.
+//!
+//! A device that uses all that it has taken before it stops needs to know no more than `next_avail` to go on. One that
+//! does not has the [`inflight`](crate::inflight) memory: each buffer was taken that is used or in flight, so it goes on
+//! at the used ring's index and as many entries further ([`Ring::next_used`], [`Ring::go_on_at`]).
 //!
 //! # Notifications
 //!
@@ -387,21 +395,20 @@ impl Ring {
         }
     }
 
-    /// Append the bytes of the chain that begins with `head` to `segments`; gives how many bytes.
-    ///
-    /// The segments are good as long as the ring is.
-    ///
-    /// # Errors
-    ///
-    /// The chain is malformed. `segments` may have grown.
-    #[inline]
-    pub fn chain(&self, head: u16, direction: Direction, segments: &mut Vec<Segment>) -> Result<u64, RingError> {
+    /// Give each buffer of the chain that begins with `head` to `each`, which adds it to `sum`. (What it adds up to is
+    /// handed on rather than kept by `each`, for then it stays in registers.)
+    #[inline(always)]
+    fn walk<T>(
+        &self,
+        head: u16,
+        mut sum: T,
+        mut each: impl FnMut(T, &Descriptor) -> Result<T, RingError>,
+    ) -> Result<T, RingError> {
         let mut table = self.parts.descriptors;
         let mut size = u32::from(self.size);
         let mut limit = size;
         let mut index = u32::from(head);
         let mut count = 0;
-        let mut total = 0;
         let mut indirect = false;
         loop {
             if index >= size {
@@ -416,13 +423,9 @@ impl Ring {
                 indirect = true;
                 continue;
             }
-            if (descriptor.flags & WRITE != 0) != (direction == Direction::Write) {
-                return Err(RingError::Direction);
-            }
-            self.append(&descriptor, segments)?;
-            total += u64::from(descriptor.length);
+            sum = each(sum, &descriptor)?;
             if descriptor.flags & NEXT == 0 {
-                return Ok(total);
+                return Ok(sum);
             }
             count += 1;
             if count >= limit {
@@ -430,6 +433,50 @@ impl Ring {
             }
             index = u32::from(descriptor.next);
         }
+    }
+
+    /// Append the bytes of the chain that begins with `head` to `segments`; gives how many bytes.
+    ///
+    /// The segments are good as long as the ring is.
+    ///
+    /// # Errors
+    ///
+    /// The chain is malformed. `segments` may have grown.
+    #[inline]
+    pub fn chain(&self, head: u16, direction: Direction, segments: &mut Vec<Segment>) -> Result<u64, RingError> {
+        self.walk(head, 0, |total, descriptor| {
+            if (descriptor.flags & WRITE != 0) != (direction == Direction::Write) {
+                return Err(RingError::Direction);
+            }
+            self.append(descriptor, segments)?;
+            Ok(total + u64::from(descriptor.length))
+        })
+    }
+
+    /// The same for a chain that has buffers to read and then some to write (VIRTIO 1.2, section 2.7.4.2); gives how
+    /// many bytes either are.
+    ///
+    /// # Errors
+    ///
+    /// As for [`chain`](Self::chain).
+    pub fn request(
+        &self,
+        head: u16,
+        readable: &mut Vec<Segment>,
+        writable: &mut Vec<Segment>,
+    ) -> Result<(u64, u64), RingError> {
+        self.walk(head, (0, 0), |(given, room), descriptor| {
+            let length = u64::from(descriptor.length);
+            if descriptor.flags & WRITE != 0 {
+                self.append(descriptor, writable)?;
+                return Ok((given, room + length));
+            }
+            if room > 0 {
+                return Err(RingError::Direction);
+            }
+            self.append(descriptor, readable)?;
+            Ok((given + length, room))
+        })
     }
 
     /// The bytes of the chain that begins with `head`, if it is a single buffer to be written that lies together. What
@@ -470,6 +517,7 @@ impl Ring {
     }
 
     /// The table that an indirect descriptor leads to.
+    #[inline]
     fn indirect(&self, descriptor: &Descriptor, nested: bool) -> Result<(*const Raw, u32), RingError> {
         let length = descriptor.length;
         let size = length / DESCRIPTOR as u32;
@@ -490,6 +538,16 @@ impl Ring {
             Some(segment) if segment.length == length => Ok((segment.data.cast_const().cast(), size)),
             _ => refused("outside the guest's memory"),
         }
+    }
+
+    /// The entry of the used ring that is written next: how many buffers have been used so far.
+    pub fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
+    /// Take buffers from the available ring's entry `next` on.
+    pub fn go_on_at(&mut self, next: u16) {
+        (self.next_avail, self.seen_avail) = (next, next);
     }
 
     /// Say that the buffer `head` is used, and that `written` bytes of it were written. The guest sees it with

@@ -9,8 +9,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-use vswitch::memory::{GuestMemory, Region, Segment};
-use vswitch::ring::{Addresses, Direction, Features, Ring, RingError};
+use vring::memory::{GuestMemory, Region, Segment};
+use vring::ring::{Addresses, Direction, Features, Ring, RingError};
 
 const SIZE: u16 = 16;
 const USER: u64 = 1 << 40;
@@ -186,6 +186,53 @@ proptest! {
     }
 
     #[test]
+    fn test_request_is_what_the_reference_says(
+        table in proptest::collection::vec((likely_descriptor(SIZE), any::<bool>()), usize::from(SIZE)),
+        indirect in proptest::collection::vec((likely_descriptor(20), any::<bool>()), 20),
+        head in 0..SIZE,
+    ) {
+        let guest = Guest::new();
+        let turned = |(mut descriptor, write): (Descriptor, bool)| {
+            if write && descriptor.flags & INDIRECT == 0 {
+                descriptor.flags |= WRITE;
+            }
+            descriptor
+        };
+        for (index, descriptor) in table.into_iter().enumerate() {
+            guest.put(DESCRIPTORS, index as u16, turned(descriptor));
+        }
+        for (index, descriptor) in indirect.into_iter().enumerate() {
+            guest.put(TABLE, index as u16, turned(descriptor));
+        }
+        guest.make_available(&[head], 1);
+        let mut ring = guest.ring(Features { event_idx: false, indirect: true });
+        prop_assert_eq!(ring.available(1), Ok(1));
+        let (mut readable, mut writable) = (Vec::new(), Vec::new());
+        let result = ring.request(head, &mut readable, &mut writable);
+        if matches!(result, Ok(_) | Err(RingError::Direction)) {
+            let reference = guest.reference().expect("a chain that we can read");
+            prop_assert_eq!(result.is_ok(), reference.is_sorted_by_key(|(_, _, is_write)| *is_write));
+            if let Ok(totals) = result {
+                let of = |write| reference.iter().filter(move |part| part.2 == write).map(|part| (part.0, part.1));
+                let total = |write| of(write).map(|(_, length)| u64::from(length)).sum::<u64>();
+                prop_assert_eq!(totals, (total(false), total(true)));
+                prop_assert_eq!(join(guest.locate(&readable)), join(of(false)));
+                prop_assert_eq!(join(guest.locate(&writable)), join(of(true)));
+            }
+        }
+        // Of one direction it is a chain as well, and both say the same.
+        for direction in [Direction::Read, Direction::Write] {
+            let mut segments = Vec::new();
+            if let Ok(total) = ring.chain(head, direction, &mut segments) {
+                let totals = if direction == Direction::Read { (total, 0) } else { (0, total) };
+                let buffers = if direction == Direction::Read { &readable } else { &writable };
+                prop_assert_eq!(ring.request(head, &mut Vec::new(), &mut Vec::new()), Ok(totals));
+                prop_assert_eq!(guest.locate(&segments), guest.locate(buffers));
+            }
+        }
+    }
+
+    #[test]
     fn test_chain_any_bytes_never_leave_the_guests_memory(
         bytes in proptest::collection::vec(any::<u8>(), 16 * usize::from(SIZE)),
         more in proptest::collection::vec(any::<u8>(), 0x400),
@@ -199,13 +246,14 @@ proptest! {
         guest.make_available(&[head], idx);
         let mut ring = guest.ring(Features { event_idx: true, indirect });
         prop_assert_eq!(ring.available(1).is_ok(), idx <= SIZE);
+        let (mut segments, mut more) = (Vec::new(), Vec::new());
         for direction in [Direction::Read, Direction::Write] {
-            let mut segments = Vec::new();
-            if ring.chain(head, direction, &mut segments).is_ok() {
-                for (address, length) in guest.locate(&segments) {
-                    prop_assert!(length > 0 && address + u64::from(length) <= END);
-                }
-            }
+            let _ = ring.chain(head, direction, &mut segments);
+        }
+        let _ = ring.request(head, &mut segments, &mut more);
+        segments.append(&mut more);
+        for (address, length) in guest.locate(&segments) {
+            prop_assert!(length > 0 && address + u64::from(length) <= END);
         }
     }
 
@@ -300,6 +348,33 @@ fn test_chain_invalid_indirect_table_returns_error() {
 }
 
 #[test]
+fn test_request_gives_what_is_to_be_read_and_then_written() {
+    let request = |descriptors: &[Descriptor]| {
+        let guest = Guest::new();
+        for (index, descriptor) in descriptors.iter().enumerate() {
+            guest.put(DESCRIPTORS, index as u16, *descriptor);
+            guest.put(TABLE, index as u16, *descriptor);
+        }
+        let ring = guest.ring(BOTH);
+        let (mut readable, mut writable) = (Vec::new(), Vec::new());
+        let totals = ring.request(0, &mut readable, &mut writable);
+        // The same in a table of its own.
+        guest.put(DESCRIPTORS, 0, plain(TABLE, descriptors.len() as u32 * 16, INDIRECT, 0));
+        assert_eq!(ring.request(0, &mut Vec::new(), &mut Vec::new()), totals);
+        totals.map(|totals| (totals, guest.locate(&readable), guest.locate(&writable)))
+    };
+    let disk =
+        [plain(BUFFERS, 16, NEXT, 1), plain(BUFFERS + 64, 512, NEXT | WRITE, 2), plain(BUFFERS + 32, 1, WRITE, 0)];
+    let wanted = ((16, 513), vec![(BUFFERS, 16)], vec![(BUFFERS + 64, 512), (BUFFERS + 32, 1)]);
+    assert_eq!(request(&disk), Ok(wanted));
+    assert_eq!(request(&[plain(BUFFERS, 4, 0, 0)]), Ok(((4, 0), vec![(BUFFERS, 4)], vec![])));
+    assert_eq!(request(&[plain(BUFFERS, 4, WRITE, 0)]), Ok(((0, 4), vec![], vec![(BUFFERS, 4)])));
+    let turned = [plain(BUFFERS, 4, NEXT | WRITE, 1), plain(BUFFERS, 4, 0, 0)];
+    assert_eq!(request(&turned), Err(RingError::Direction));
+    assert_eq!(request(&[plain(BUFFERS, 4, NEXT, 1), plain(BUFFERS, 0, WRITE, 0)]), Err(RingError::Empty));
+}
+
+#[test]
 fn test_available_more_than_the_ring_returns_error() {
     let guest = Guest::new();
     let mut ring = guest.ring(BOTH);
@@ -347,6 +422,44 @@ fn test_new_impossible_ring_returns_error() {
     assert_eq!(make(crossing, 16), Some(RingError::Outside("used ring")));
     let odd = Addresses { available: USER + AVAILABLE + 1, ..good };
     assert_eq!(make(odd, 16), Some(RingError::Alignment("available ring")));
+}
+
+#[test]
+fn test_buffers_are_used_in_another_order_than_taken() {
+    let guest = Guest::new();
+    let mut ring = guest.ring(BOTH);
+    let take = |ring: &mut Ring| {
+        let count = ring.available(SIZE).unwrap();
+        let heads: Vec<u16> = (0..count).map(|nth| ring.head(nth)).collect();
+        ring.advance(count);
+        heads
+    };
+    let used = |entry: u64| (guest.read::<u32>(USED + 4 + entry * 8), guest.read::<u32>(USED + 8 + entry * 8));
+
+    guest.make_available(&[4, 9, 2], 3);
+    assert_eq!(take(&mut ring), [4, 9, 2]);
+    ring.push_used(2, 20);
+    assert!(ring.publish());
+    assert_eq!((guest.read::<u16>(USED + 2), used(0)), (1, (2, 20)));
+    // What is free again is made available again, while what came before it is still in flight.
+    guest.make_available(&[4, 9, 2, 2, 7], 5);
+    assert_eq!(take(&mut ring), [2, 7]);
+    for head in [7_u16, 9] {
+        ring.push_used(head, u32::from(head) * 10);
+    }
+    assert!(ring.publish());
+    assert_eq!((guest.read::<u16>(USED + 2), used(1), used(2)), (3, (7, 70), (9, 90)));
+    assert_eq!((ring.next_avail(), ring.next_used()), (5, 3));
+    // The next process goes on behind what is used (three) and in flight (4 and 2).
+    let mut next = guest.ring(BOTH);
+    next.go_on_at(next.next_used().wrapping_add(2));
+    assert_eq!(next.available(1), Ok(0));
+    next.push_used(2, 21);
+    next.push_used(4, 40);
+    assert!(next.publish());
+    assert_eq!((guest.read::<u16>(USED + 2), used(3), used(4)), (5, (2, 21), (4, 40)));
+    guest.make_available(&[4, 9, 2, 2, 7, 11], 6);
+    assert_eq!(take(&mut next), [11]);
 }
 
 #[test]

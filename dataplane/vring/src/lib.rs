@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! A guest's memory and the device's side of its virtqueues, for vhost-user back ends.
+//!
+//! | module | says |
+//! |---|---|
+//! | [`memory`] | what of a guest's memory is where here |
+//! | [`ring`] | a split virtqueue |
+//! | [`inflight`] | what a device has taken from its queues and not used yet, through its death |
+//! | [`socket`] | where VMMs connect |
+//! | [`fault`] | memory that is taken away while we look at it |
+//! | [`sandbox`] | what a back end gives up once it has started |
+
+pub mod fault;
+pub mod inflight;
+pub mod memory;
+pub mod ring;
+pub mod sandbox;
+pub mod socket;
