@@ -39,6 +39,8 @@ SYSTEM_SOCKETS = ("/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock")
 PORTS = "49152 to 49215"  # libvirt's default for migrations
 
 LOOK_SECONDS = 0.5
+SAMPLE_SECONDS = 0.1
+"""What a small disk has sent is known to libvirt for no longer than a few of these."""
 ABORT_SECONDS = 10.0
 END_SECONDS = 30.0
 TAKE_BACK_SECONDS = 5.0
@@ -168,7 +170,7 @@ class MigrationService:
         sending = _Sending(self._guests, guest, self._links[link], described, address, bandwidth)
         call.on_cancel(sending.abort)
         sending.start()
-        while not sending.link.settled.wait(LOOK_SECONDS):
+        while not sending.link.settled.wait(SAMPLE_SECONDS):
             call.progress(sending.look())
             if call.cancelled:
                 sending.give_up()

@@ -99,6 +99,11 @@ class World:
         found: dict[str, Any] = self.stub.ask(op="stats")["devices"]["ann-data"]
         return found
 
+    def is_served(self) -> bool:
+        """Requests of the guest have been answered since the stub was started."""
+        seen = self.device()
+        return bool(seen["connected"] and seen["attached"] and sum(queue["requests"] for queue in seen["queues"]))
+
     def close(self) -> None:
         """What they have said is shown beside a failure."""
         for daemon in (self.stub, self.server):
@@ -181,10 +186,12 @@ def test_nothing_is_lost_when_either_side_is_killed_again_and_again_while_the_gu
                 daemon.kill()
                 daemon.start()
                 kills += 1
+            # QEMU 7.2 gives a device up whose back end dies again before it has been set up again.
+            eventually(lambda: world.is_served() or not writer.is_alive(), "requests that are answered")
         writer.join(120)
 
     written, read, errors = (line.split()[0] for line in said[0].splitlines())
-    assert kills >= 2
+    assert kills >= 3
     assert errors == "0"
     assert written == read == world.md5(0, 40 * 4 * 65536), f"{kills} kills"
 
