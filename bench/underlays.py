@@ -8,7 +8,7 @@ A program of a few lines (``underlays.bpf.c``) leads each tap's frames to it, an
 from __future__ import annotations
 
 import contextlib
-import platform
+import shlex
 import struct
 from collections.abc import Callable
 from ipaddress import IPv4Address
@@ -32,9 +32,9 @@ class Leader:
     def __init__(self, stack: contextlib.ExitStack, folder: Path) -> None:
         self._stack = stack
         self._file = folder / "underlays.bpf.o"
-        system = f"/usr/include/{platform.machine()}-linux-gnu"
         source = Path(__file__).with_name("underlays.bpf.c")
-        run("clang", "-O2", "-g", "-target", "bpf", "-mcpu=v3", "-isystem", system, "-c", source, "-o", self._file)
+        clang = shlex.split(run("make", "-s", "-C", Path(__file__).parents[1] / "bpf", "flags"))
+        run(*clang, "-c", source, "-o", self._file)
 
     def lead(
         self, host: Host, by: str, to: str, program: str = "redirect", at: str = "0.0.0.0", mac: str = ""

@@ -4,12 +4,11 @@
 
 from __future__ import annotations
 
-import platform
+import shlex
 import subprocess
 from pathlib import Path
 
-from orchestrator import paths
-
+SOURCES = Path(__file__).parents[2] / "bpf"
 STACK_BYTES = 512
 """``MAX_BPF_STACK``: of a program and all that it calls."""
 ROUNDED_TO = 32
@@ -25,10 +24,10 @@ CHAINS = [
 
 
 def test_stack_is_small_enough_for_the_oldest_kernel(tmp_path: Path) -> None:
-    flags = ("-O2", "-g", "-target", "bpf", "-mcpu=v3", "-fstack-usage")
-    system = ("-isystem", f"/usr/include/{platform.machine()}-linux-gnu")
+    clang = subprocess.run(["make", "-s", "-C", SOURCES, "flags"], check=True, capture_output=True, text=True)
     target = tmp_path / "dispatch.o"
-    subprocess.run(["clang", *flags, *system, "-c", paths.bpf() / "dispatch.bpf.c", "-o", target], check=True)
+    words = [*shlex.split(clang.stdout), "-fstack-usage", "-c", SOURCES / "dispatch.bpf.c", "-o", target]
+    subprocess.run(words, check=True)
     lines = [line.split("\t") for line in target.with_suffix(".su").read_text().splitlines()]
     used = {place.rpartition(":")[2]: -(-int(size) // ROUNDED_TO) * ROUNDED_TO for place, size, _ in lines}
 

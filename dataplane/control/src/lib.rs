@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The socket by which the control plane talks to a daemon: one JSON object per line, each answered by one.
+//! What daemons have in common: how they begin, and the socket by which the control plane talks to them. That takes one
+//! JSON object per line, and answers each by one.
 //!
 //! ```text
+//! → {"op": "ping"}
+//! ← {"ok": true, "version": "0.1.0", "pid": 4711}
 //! → {"op": …, …}
 //! ← {"ok": true, …}
 //! ← {"ok": false, "error": "what is wrong, and with what"}
@@ -11,8 +14,10 @@
 //! What is not understood is answered with `"ok": false`. After a line of more than [`MAX_LINE`] bytes the connection is
 //! closed as well. A connection may ask as often as it likes, and several may be open at once.
 
+use std::error::Error;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -20,14 +25,34 @@ use serde_json::{Value, json};
 /// Bytes of the longest question.
 pub const MAX_LINE: u64 = 1 << 20;
 
-/// Gives the answer to a question: an object, or what is wrong.
+/// Do what a daemon does, with its log on stderr; what its process ends with.
+pub fn run(level: tracing::Level, daemon: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
+    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).with_ansi(false).with_target(false).init();
+    match daemon() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "cannot go on");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Gives the answer to a question other than `ping`: an object, or what is wrong.
 pub trait Answers: Send + Sync {
     /// See the trait.
     ///
     /// # Errors
     ///
     /// What is wrong.
-    fn answer(&self, question: &[u8]) -> Result<Value, String>;
+    fn answer(&self, question: Value) -> Result<Value, String>;
+}
+
+fn answer(answers: &dyn Answers, line: &[u8]) -> Result<Value, String> {
+    let question: Value = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    if question == json!({"op": "ping"}) {
+        return Ok(json!({"version": env!("CARGO_PKG_VERSION"), "pid": std::process::id()}));
+    }
+    answers.answer(question)
 }
 
 fn converse(answers: &dyn Answers, stream: &UnixStream) -> io::Result<()> {
@@ -39,8 +64,8 @@ fn converse(answers: &dyn Answers, stream: &UnixStream) -> io::Result<()> {
             return Ok(());
         }
         let whole = line.ends_with(b"\n");
-        let answer = if whole { answers.answer(&line) } else { Err("a line that does not end".to_owned()) };
-        let mut told = answer.unwrap_or_else(|error| json!({"ok": false, "error": error}));
+        let said = if whole { answer(answers, &line) } else { Err("a line that does not end".to_owned()) };
+        let mut told = said.unwrap_or_else(|error| json!({"ok": false, "error": error}));
         if told.get("ok").is_none() {
             told["ok"] = true.into();
         }
@@ -75,8 +100,8 @@ mod tests {
     struct Echo;
 
     impl Answers for Echo {
-        fn answer(&self, question: &[u8]) -> Result<Value, String> {
-            serde_json::from_slice(question).map_err(|error| error.to_string())
+        fn answer(&self, question: Value) -> Result<Value, String> {
+            Ok(question)
         }
     }
 
@@ -94,6 +119,12 @@ mod tests {
     #[test]
     fn each_line_is_answered_by_one() {
         assert_eq!(asked(b"{\"a\": 1}\n{\"b\": 2}\n"), "{\"a\":1,\"ok\":true}\n{\"b\":2,\"ok\":true}\n");
+    }
+
+    #[test]
+    fn ping_is_answered_by_who_it_is() {
+        let said: Value = serde_json::from_str(&asked(b"{\"op\": \"ping\"}\n")).unwrap();
+        assert_eq!(said, json!({"ok": true, "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id()}));
     }
 
     #[test]

@@ -3,8 +3,6 @@
 //! What the control plane can ask, in the form of [`control`](::control):
 //!
 //! ```text
-//! → {"op": "ping"}
-//! ← {"ok": true, "version": "0.1.0", "pid": 4711}
 //! → {"op": "apply", "wish": WISH}
 //! ← {"ok": true, "address": "192.0.2.1:7700"}
 //! → {"op": "resize", "module": "data", "size": 1073741824}
@@ -27,7 +25,6 @@ use crate::server::Server;
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
 enum Request {
-    Ping {},
     Stats {},
     Apply { wish: Wish },
     Resize { module: String, size: u64 },
@@ -37,10 +34,9 @@ enum Request {
 pub struct ForControl(pub Arc<Server>);
 
 impl Answers for ForControl {
-    fn answer(&self, question: &[u8]) -> Result<Value, String> {
-        let request: Request = serde_json::from_slice(question).map_err(|error| error.to_string())?;
+    fn answer(&self, question: Value) -> Result<Value, String> {
+        let request: Request = serde_json::from_value(question).map_err(|error| error.to_string())?;
         Ok(match request {
-            Request::Ping {} => json!({"version": env!("CARGO_PKG_VERSION"), "pid": std::process::id()}),
             Request::Stats {} => self.0.stats(),
             Request::Apply { wish } => {
                 self.0.apply(wish)?;

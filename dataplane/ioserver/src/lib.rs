@@ -8,7 +8,7 @@
 //! | [`control`] | how it says so |
 //! | [`server`] | connections, and what they are for |
 //! | [`session`] | a device of a guest, through all its connections |
-//! | [`worker`], [`link`] | a virtqueue's requests and answers |
+//! | [`worker`], [`link`](::link) | a virtqueue's requests and answers |
 //! | [`module`] | what is behind a device |
 //! | [`block`], [`entropy`] | modules |
 //!
@@ -25,7 +25,6 @@ pub mod block;
 pub mod config;
 pub mod control;
 pub mod entropy;
-pub mod link;
 pub mod module;
 pub mod server;
 pub mod session;

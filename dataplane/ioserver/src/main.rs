@@ -2,7 +2,6 @@
 
 //! `orchestrator-ioserver`: see the library's documentation.
 
-use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,27 +29,15 @@ struct Options {
     log_level: tracing::Level,
 }
 
-fn run(options: &Options) -> io::Result<()> {
+fn run(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
     let listener = UnixListener::bind(&options.control)?;
     let server = Server::new(Duration::from_micros(options.busy_poll_us));
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
     let answers: Arc<dyn Answers> = Arc::new(ForControl(server));
-    control::serve(&answers, &listener)
+    Ok(control::serve(&answers, &listener)?)
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    tracing_subscriber::fmt()
-        .with_max_level(options.log_level)
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .init();
-    match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(%error, "cannot go on");
-            ExitCode::FAILURE
-        }
-    }
+    control::run(options.log_level, || run(&options))
 }

@@ -3,23 +3,22 @@
 //! What a server has, and who uses it: connections are accepted, told apart, and given to whoever serves them.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{self, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use link::{Link, LinkError, read_control, read_exact};
 use serde_json::{Value, json};
 use wire::{
-    Attach, Attached, CONTROL_QUEUE, Code, Control, Greeting, Handles, Header, Kind, MAX_BODY, Malformed, NEWEST,
-    OLDEST, Open, Refused, SessionId, choose,
+    Attach, Attached, Code, Control, Greeting, Handles, Malformed, NEWEST, OLDEST, Open, Refused, SessionId, choose,
 };
 
 use crate::config::{ModuleWish, Wish};
-use crate::link::{Link, LinkError};
 use crate::module::Shared;
 use crate::session::{Session, lock};
-use crate::worker::{self, Worker};
+use crate::worker::Worker;
 
 /// Sessions, at most.
 pub const MAX_SESSIONS: usize = 1024;
@@ -70,6 +69,11 @@ pub struct Server {
 
 fn refused(code: Code, text: impl Into<String>) -> Refused {
     Refused { code, text: text.into() }
+}
+
+/// Tell a peer why its connection ends.
+fn tell(stream: &mut TcpStream, handles: Handles, refused: Refused) -> Result<(), LinkError> {
+    Ok(stream.write_all(&Control::Refused(refused).encode(handles))?)
 }
 
 impl Server {
@@ -180,11 +184,12 @@ impl Server {
             Ok(()) | Err(LinkError::Closed) => {}
             Err(LinkError::Malformed(error)) => {
                 tracing::warn!(peer, %error, "a connection is ended");
-                let told = Control::Refused(refused(Code::Malformed, error.to_string()));
-                let _ = stream.write_all(&told.encode(Handles::default()));
+                let _ = tell(&mut stream, Handles::default(), refused(Code::Malformed, error.to_string()));
             }
             Err(error) => tracing::info!(peer, %error, "a connection has ended"),
         }
+        // Its session may have it, too.
+        let _ = stream.shutdown(Shutdown::Both);
     }
 
     fn greet_and_dispatch(self: &Arc<Self>, stream: &mut TcpStream) -> Result<(), LinkError> {
@@ -212,12 +217,11 @@ impl Server {
             Ok(found) => found,
             Err(refused) => {
                 tracing::warn!(names = ?attach.names, code = ?refused.code, "a client is refused: {}", refused.text);
-                return Ok(stream.write_all(&Control::Refused(refused).encode(Handles::default()))?);
+                return tell(stream, Handles::default(), refused);
             }
         };
         if let Err(code) = session.attach(attach.epoch, stream) {
-            let told = Control::Refused(refused(code, "a later connection has been seen"));
-            return Ok(stream.write_all(&told.encode(session.handles))?);
+            return tell(stream, session.handles, refused(code, "a later connection has been seen"));
         }
         for ((replay, _), settled) in session.queues.iter().zip(&attach.settled) {
             // One that is still being served learns it by the next request.
@@ -299,15 +303,14 @@ impl Server {
 
     fn open(&self, stream: &mut TcpStream, open: Open) -> Result<(), LinkError> {
         let session = lock(&self.state).sessions.get(&open.session).cloned();
-        let tell = |stream: &mut TcpStream, code, text: &str| -> Result<(), LinkError> {
-            Ok(stream.write_all(&Control::Refused(refused(code, text)).encode(Handles::default()))?)
+        let Some(session) = session else {
+            return tell(stream, Handles::default(), refused(Code::NoSession, "attach first"));
         };
-        let Some(session) = session else { return tell(stream, Code::NoSession, "attach first") };
         let Some((replay, _)) = session.queues.get(usize::from(open.queue)) else {
             return Err(Malformed::Value("queue").into());
         };
         if let Err(code) = session.open(open.epoch, open.queue, stream) {
-            return tell(stream, code, "a later connection has been seen");
+            return tell(stream, Handles::default(), refused(code, "a later connection has been seen"));
         }
         let mut replay = lock(replay);
         stream.write_all(&Control::Opened.encode(session.handles))?;
@@ -316,17 +319,7 @@ impl Server {
         let mut worker = Worker::new(&session, open.queue, &mut replay, link, self.busy_poll)?;
         let error = worker.run();
         stream.set_nonblocking(false)?;
-        if let Some(frame) = worker::refusal(&session, &error) {
-            let _ = stream.write_all(&frame);
-        }
-        match error {
-            LinkError::Malformed(error) => {
-                tracing::warn!(names = ?session.names, queue = open.queue, %error, "a queue is closed");
-                let _ = stream.shutdown(std::net::Shutdown::Both);
-                Ok(())
-            }
-            error => Err(error),
-        }
+        Err(error)
     }
 
     // -- for the control plane ---------------------------------------------------------------------------------------
@@ -359,20 +352,7 @@ impl Server {
             .sessions
             .values()
             .map(|session| {
-                let queues: Vec<_> = session
-                    .queues
-                    .iter()
-                    .map(|(_, counters)| {
-                        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-                        json!({
-                            "requests": read(&counters.requests),
-                            "failed": read(&counters.failed),
-                            "repeated": read(&counters.repeated),
-                            "given_bytes": read(&counters.given_bytes),
-                            "written_bytes": read(&counters.written_bytes),
-                        })
-                    })
-                    .collect();
+                let queues: Vec<_> = session.queues.iter().map(|(_, counters)| counters).collect();
                 json!({
                     "client": session.names.client,
                     "guest": session.names.guest,
@@ -390,24 +370,4 @@ impl Server {
 
 fn may_use(wish: &ModuleWish, names: &wire::Names) -> bool {
     wish.guests.iter().any(|guest| guest.client == names.client && guest.guest == names.guest)
-}
-
-fn read_exact(stream: &mut TcpStream, into: &mut [u8]) -> Result<(), LinkError> {
-    match stream.read_exact(into) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(LinkError::Closed),
-        other => Ok(other?),
-    }
-}
-
-/// A whole control frame.
-fn read_control(stream: &mut TcpStream) -> Result<(Header, Control), LinkError> {
-    let mut head = [0; Header::SIZE];
-    read_exact(stream, &mut head)?;
-    let header = Header::decode(&head)?;
-    if header.flags != 0 || header.queue != CONTROL_QUEUE || matches!(header.kind, Kind::Request | Kind::Answer) {
-        return Err(Malformed::Kind(header.kind as u8).into());
-    }
-    let mut body = vec![0; (header.length as usize).min(MAX_BODY)];
-    read_exact(stream, &mut body)?;
-    Ok((header, Control::decode(header.kind, &body)?))
 }

@@ -8,6 +8,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::Serialize;
 use wire::{Code, Control, Handles, MAX_IN_FLIGHT, Malformed, Names, SessionId};
 
 use crate::module::{Shared, Written};
@@ -61,7 +62,7 @@ impl Replay {
 }
 
 /// What a queue has done.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize)]
 pub struct Counters {
     /// Requests that were answered.
     pub requests: AtomicU64,

@@ -14,13 +14,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, types};
+use link::{Link, LinkError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::uio::pwrite;
-use wire::{Assembler, Code, Control, Header, Kind, MAX_IN_FLIGHT, MAX_MESSAGE, Malformed, Message};
+use wire::{Assembler, Code, Header, Kind, MAX_IN_FLIGHT, MAX_MESSAGE, Malformed, Message};
 
-use crate::link::{Link, LinkError};
 use crate::module::{FileTask, FileWork, Finish, Next, Request, Written};
 use crate::session::{Counters, Replay, Session};
 
@@ -56,7 +56,7 @@ pub struct Worker<'a> {
     session: &'a Session,
     queue: u16,
     replay: &'a mut Replay,
-    link: Link,
+    link: Link<Vec<u8>>,
     assembler: Assembler,
     ring: IoUring,
     done: EventFd,
@@ -77,7 +77,7 @@ impl<'a> Worker<'a> {
         session: &'a Session,
         queue: u16,
         replay: &'a mut Replay,
-        link: Link,
+        link: Link<Vec<u8>>,
         busy_poll: Duration,
     ) -> std::io::Result<Self> {
         let ring = IoUring::new(ENTRIES)?;
@@ -124,6 +124,9 @@ impl<'a> Worker<'a> {
         let mut last = Instant::now();
         loop {
             let mut busy = self.take()?;
+            if !self.ring.submission().is_empty() {
+                self.ring.submit()?;
+            }
             busy |= self.complete()?;
             busy |= self.link.flush()?;
             if busy {
@@ -176,7 +179,6 @@ impl<'a> Worker<'a> {
                 kind => return Err(Malformed::Kind(kind as u8).into()),
             }
         }
-        self.ring.submit()?;
         Ok(any)
     }
 
@@ -302,9 +304,6 @@ impl<'a> Worker<'a> {
             let answer = (one.finish)(one.bytes, whole);
             self.finish(one.header, answer, one.remember)?;
         }
-        if any {
-            self.ring.submit()?;
-        }
         Ok(any)
     }
 }
@@ -327,11 +326,4 @@ fn write_all(file: BorrowedFd<'_>, mut bytes: &[u8], offset: u64) -> bool {
         }
     }
     true
-}
-
-/// A frame that tells the peer why its connection ends.
-pub fn refusal(session: &Session, error: &LinkError) -> Option<Vec<u8>> {
-    let LinkError::Malformed(error) = error else { return None };
-    let refused = wire::Refused { code: Code::Malformed, text: error.to_string() };
-    Some(Control::Refused(refused).encode(session.handles))
 }

@@ -3,8 +3,6 @@
 //! What the control plane can ask, in the form of [`control`](::control):
 //!
 //! ```text
-//! → {"op": "ping"}
-//! ← {"ok": true, "version": "0.1.0", "pid": 4711}
 //! → {"op": "apply", "devices": [WISH, …]}
 //! ← {"ok": true}
 //! → {"op": "stats"}
@@ -23,7 +21,6 @@ use crate::wish::Wish;
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
 enum Request {
-    Ping {},
     Stats {},
     Apply { devices: Vec<Wish> },
 }
@@ -32,10 +29,9 @@ enum Request {
 pub struct ForControl(pub Daemon);
 
 impl Answers for ForControl {
-    fn answer(&self, question: &[u8]) -> Result<Value, String> {
-        let request: Request = serde_json::from_slice(question).map_err(|error| error.to_string())?;
+    fn answer(&self, question: Value) -> Result<Value, String> {
+        let request: Request = serde_json::from_value(question).map_err(|error| error.to_string())?;
         Ok(match request {
-            Request::Ping {} => json!({"version": env!("CARGO_PKG_VERSION"), "pid": std::process::id()}),
             Request::Stats {} => self.0.stats(),
             Request::Apply { devices } => {
                 self.0.apply(devices)?;

@@ -152,7 +152,7 @@ impl Daemon {
                     "server": device.wish.server,
                     "module": device.wish.module,
                     "connected": lock(&device.shared.vmm).is_some(),
-                    "attached": state.attached.is_some(),
+                    "attached": state.up,
                     "trouble": state.trouble,
                     "since_seconds": state.since.elapsed().as_secs_f64(),
                     "queues": device.workers.iter().map(Handle::stats).collect::<Vec<_>>(),

@@ -2,7 +2,6 @@
 
 //! `orchestrator-iostub`: see the library's documentation.
 
-use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -67,17 +66,5 @@ fn run(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    tracing_subscriber::fmt()
-        .with_max_level(options.log_level)
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .init();
-    match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(%error, "cannot go on");
-            ExitCode::FAILURE
-        }
-    }
+    control::run(options.log_level, || run(&options))
 }

@@ -14,22 +14,23 @@
 //! tag, over the next connection, and the server does nothing twice.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, IoSlice, Read, Write};
-use std::net::TcpStream;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use link::{Link, LinkError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::{read, write};
+use serde::Serialize;
 use vring::inflight::Inflight;
 use vring::memory::{GuestMemory, Segment};
 use vring::ring::{Addresses, Features, Ring, RingError};
-use wire::{Body, Code, Handles, Header, Inbox, Kind, MAX_IN_FLIGHT, MAX_MESSAGE, Malformed, Outbox, SessionId};
+use wire::{Attached, Body, Code, Handles, Header, Kind, MAX_IN_FLIGHT, MAX_MESSAGE, Malformed, SessionId};
 
 use crate::remote::{Remote, RemoteError, State};
 
@@ -88,7 +89,7 @@ pub struct Handle {
     counters: Arc<Counters>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize)]
 struct Counters {
     /// Requests that were answered.
     requests: AtomicU64,
@@ -108,15 +109,8 @@ impl Handle {
     }
 
     /// What the queue has done.
-    pub fn stats(&self) -> serde_json::Value {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let Counters { requests, failed, repeated, in_flight } = &*self.counters;
-        serde_json::json!({
-            "requests": read(requests),
-            "failed": read(failed),
-            "repeated": read(repeated),
-            "in_flight": read(in_flight),
-        })
+    pub fn stats(&self) -> &impl Serialize {
+        &*self.counters
     }
 
     /// Stop the queue; where it goes on.
@@ -142,6 +136,12 @@ impl From<std::io::Error> for Broken {
     }
 }
 
+impl From<LinkError> for Broken {
+    fn from(error: LinkError) -> Self {
+        Broken::Link(error.into())
+    }
+}
+
 impl From<Malformed> for Broken {
     fn from(error: Malformed) -> Self {
         Broken::Link(error.into())
@@ -152,7 +152,7 @@ impl From<Malformed> for Broken {
 struct Given {
     segments: Vec<Segment>,
     length: usize,
-    /// Keeps the segments there.
+    /// Keeps the segments there, and those of the answer.
     _memory: Arc<GuestMemory>,
 }
 
@@ -178,18 +178,18 @@ impl Body for Given {
 
 // SAFETY: the segments lead into memory that is kept here, and that any thread may use.
 unsafe impl Send for Given {}
+// SAFETY: as above; nothing of it changes.
+unsafe impl Sync for Given {}
 
 /// A request without an answer.
 struct Pending {
     tag: u64,
     head: u16,
-    readable: Vec<Segment>,
+    given: Arc<Given>,
     writable: Vec<Segment>,
-    given: usize,
     room: usize,
     /// Bytes of its answer that have come.
     received: usize,
-    memory: Arc<GuestMemory>,
 }
 
 // SAFETY: as for `Given`.
@@ -208,15 +208,13 @@ struct Running {
     order: VecDeque<u64>,
     count: usize,
     number: u64,
-    armed: bool,
 }
 
-struct Link {
-    stream: TcpStream,
+/// The connection of a queue.
+struct Way {
+    link: Link<Arc<Given>>,
     epoch: u32,
     handles: Handles,
-    inbox: Inbox,
-    outbox: Outbox<Given>,
 }
 
 struct Worker {
@@ -225,7 +223,9 @@ struct Worker {
     commands: Receiver<Command>,
     waker: Arc<EventFd>,
     running: Option<Running>,
-    link: Option<Link>,
+    way: Option<Way>,
+    /// How often the remote had changed when that was last looked at.
+    seen: u64,
     /// Until when no connection is tried.
     rest: Option<Instant>,
     busy_poll: Duration,
@@ -252,7 +252,8 @@ pub fn start(name: &str, queue: u16, remote: &Arc<Remote>, busy_poll: Duration) 
         commands,
         waker,
         running: None,
-        link: None,
+        way: None,
+        seen: 0,
         rest: None,
         busy_poll,
         name: name.to_owned(),
@@ -279,7 +280,6 @@ impl Running {
             order: VecDeque::new(),
             count: 0,
             number: 0,
-            armed: false,
         })
     }
 
@@ -291,8 +291,9 @@ impl Running {
             return Err(RingError::Endless(MAX_MESSAGE as u32));
         }
         let tag = number << 16 | u64::from(head);
-        let (given, room, memory) = (given as usize, room as usize, Arc::clone(&self.memory));
-        let pending = Pending { tag, head, readable, writable, given, room, received: 0, memory };
+        let memory = Arc::clone(&self.memory);
+        let given = Arc::new(Given { segments: readable, length: given as usize, _memory: memory });
+        let pending = Pending { tag, head, given, writable, room: room as usize, received: 0 };
         if self.pending[usize::from(head)].replace(pending).is_some() {
             return Err(RingError::Descriptor { index: head.into(), size: self.ring.size().into() });
         }
@@ -333,50 +334,18 @@ impl Running {
     }
 }
 
-impl Link {
+impl Way {
     fn send(&mut self, running: &mut Running, queue: u16, head: u16) {
         let settled = running.settled();
         let Some(pending) = &running.pending[usize::from(head)] else { return };
         let header = Header {
-            kind: Kind::Request,
             queue,
             tag: pending.tag,
             room: pending.room as u32,
             settled,
             ..Header::control(Kind::Request, self.handles, 0)
         };
-        let memory = Arc::clone(&pending.memory);
-        let given = Given { segments: pending.readable.clone(), length: pending.given, _memory: memory };
-        self.outbox.push(header, given);
-    }
-
-    fn flush(&mut self) -> Result<bool, RemoteError> {
-        let mut any = false;
-        while !self.outbox.is_empty() {
-            match (&self.stream).write_vectored(&self.outbox.parts()) {
-                Ok(count) => {
-                    any = true;
-                    self.outbox.sent(count);
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(any)
-    }
-
-    /// Take what has come; false if nothing has.
-    fn receive(&mut self) -> Result<bool, RemoteError> {
-        match (&self.stream).read(self.inbox.space()) {
-            Ok(0) => Err(std::io::Error::from(ErrorKind::UnexpectedEof).into()),
-            Ok(count) => {
-                self.inbox.filled(count);
-                Ok(true)
-            }
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
+        self.link.send(header, Arc::clone(&pending.given));
     }
 }
 
@@ -412,10 +381,9 @@ impl Worker {
         let mut last = Instant::now();
         loop {
             while let Ok(command) = self.commands.try_recv() {
-                if matches!(command, Command::End) {
+                if !self.obey(command) {
                     return;
                 }
-                self.obey(command);
             }
             match self.turn() {
                 Ok(true) => last = Instant::now(),
@@ -431,7 +399,8 @@ impl Worker {
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    /// False: it was the last one.
+    fn obey(&mut self, command: Command) -> bool {
         match command {
             Command::Start(start) => self.begin(*start),
             Command::Memory(memory) => {
@@ -455,13 +424,14 @@ impl Worker {
             Command::Drop => {
                 self.forget();
             }
-            Command::End => {}
+            Command::End => return false,
         }
+        true
     }
 
     /// Stop serving; what has no answer is not waited for.
     fn forget(&mut self) -> Option<Running> {
-        self.link = None;
+        self.way = None;
         let running = self.running.take()?;
         self.number = Some((running.session, running.number));
         self.counters.in_flight.store(0, Ordering::Relaxed);
@@ -529,8 +499,8 @@ impl Worker {
             }
             Broken::Link(error) => {
                 tracing::info!(device = self.name, queue = self.queue, %error, "connection lost");
-                if let Some(link) = self.link.take() {
-                    self.remote.lost(link.epoch);
+                if let Some(way) = self.way.take() {
+                    self.remote.lost(way.epoch);
                 } else {
                     self.rest = Some(Instant::now() + crate::remote::RETRY);
                 }
@@ -545,30 +515,34 @@ impl Worker {
         if self.running.is_none() {
             return Ok(false);
         }
-        let taken = self.link.is_some() && self.take()?;
+        let taken = self.way.is_some() && self.take()?;
         Ok(self.exchange()? || taken)
     }
 
     /// See that there is a connection of the epoch that counts.
     fn connect(&mut self) -> Result<(), Broken> {
         let Some(running) = &mut self.running else { return Ok(()) };
+        let changes = self.remote.changes();
+        if self.way.is_some() && changes == self.seen {
+            return Ok(());
+        }
         let state = self.remote.state();
-        let usable = state.attached.is_some() && state.session == running.session;
-        if let Some(link) = &self.link {
-            if usable && link.epoch == state.epoch {
+        self.seen = changes;
+        let usable = state.up && state.session == running.session;
+        if let Some(way) = &self.way {
+            if usable && way.epoch == state.epoch {
                 return Ok(());
             }
-            self.link = None;
+            self.way = None;
         }
         if !usable || self.rest.is_some_and(|until| Instant::now() < until) {
             return Ok(());
         }
         self.rest = None;
-        let State { epoch, attached: Some(attached), .. } = &state else { return Ok(()) };
+        let State { epoch, known: Some(Attached { handles, .. }), .. } = state else { return Ok(()) };
         let stream = self.remote.open(&state, self.queue)?;
         stream.set_nonblocking(true)?;
-        let (epoch, handles) = (*epoch, attached.handles);
-        let mut link = Link { stream, epoch, handles, inbox: Inbox::default(), outbox: Outbox::default() };
+        let mut way = Way { link: Link::new(stream), epoch, handles };
         let tags: Vec<u64> = running.order.iter().copied().collect();
         for tag in tags {
             let head = tag as u16;
@@ -577,23 +551,21 @@ impl Worker {
             {
                 pending.received = 0;
                 self.counters.repeated.fetch_add(1, Ordering::Relaxed);
-                link.send(running, self.queue, head);
+                way.send(running, self.queue, head);
             }
         }
-        self.link = Some(link);
+        self.way = Some(way);
         Ok(())
     }
 
     /// Take what the driver has made available, as long as there is room for it.
     fn take(&mut self) -> Result<bool, Broken> {
-        let (Some(running), Some(link)) = (&mut self.running, &mut self.link) else { return Ok(false) };
+        let (Some(running), Some(way)) = (&mut self.running, &mut self.way) else { return Ok(false) };
         let mut any = false;
-        while running.count < MAX_IN_FLIGHT.min(usize::from(running.ring.size())) && link.outbox.unsent() < MAX_UNSENT {
-            if running.armed {
-                running.ring.poll();
-                running.armed = false;
-            }
-            let room = (MAX_IN_FLIGHT.min(usize::from(running.ring.size())) - running.count).min(BATCH.into()) as u16;
+        let most = MAX_IN_FLIGHT.min(running.ring.size().into());
+        while running.count < most && way.link.unsent() < MAX_UNSENT {
+            running.ring.poll();
+            let room = (most - running.count).min(BATCH.into()) as u16;
             let count = running.ring.available(room)?.min(room);
             if count == 0 {
                 break;
@@ -601,16 +573,13 @@ impl Worker {
             any = true;
             for nth in 0..count {
                 let head = running.ring.head(nth);
-                if head >= running.ring.size() {
-                    return Err(RingError::Descriptor { index: head.into(), size: running.ring.size().into() }.into());
-                }
                 let number = running.number;
                 running.number += 1;
                 running.adopt(head, number)?;
                 if let Some(inflight) = &running.inflight {
                     inflight.taken(self.queue, head, number);
                 }
-                link.send(running, self.queue, head);
+                way.send(running, self.queue, head);
             }
             running.ring.advance(count);
         }
@@ -620,14 +589,14 @@ impl Worker {
     /// Send and receive; whether there was something.
     fn exchange(&mut self) -> Result<bool, Broken> {
         self.connect()?;
-        let (Some(running), Some(link)) = (&mut self.running, &mut self.link) else { return Ok(false) };
-        let mut any = link.flush()?;
-        any |= link.receive()?;
+        let (Some(running), Some(way)) = (&mut self.running, &mut self.way) else { return Ok(false) };
+        let mut any = way.link.flush()?;
+        any |= way.link.receive()?;
         let mut done = 0;
-        while let Some((header, body)) = link.inbox.frame()? {
+        while let Some((header, body)) = way.link.frame()? {
             match header.kind {
                 Kind::Answer => {
-                    done += u64::from(answer(running, self.queue, link.handles, &header, body)?);
+                    done += u64::from(answer(running, self.queue, way.handles, &header, body)?);
                     self.counters.failed.fetch_add(u64::from(header.code()? != Code::Done), Ordering::Relaxed);
                 }
                 Kind::Pong => {}
@@ -653,10 +622,9 @@ impl Worker {
     /// Ask the driver to notify; false if it has made something available meanwhile.
     fn may_sleep(&mut self) -> bool {
         let Some(running) = &mut self.running else { return true };
-        if self.link.is_none() || running.armed {
+        if self.way.is_none() {
             return true;
         }
-        running.armed = true;
         match running.ring.request_kicks() {
             Ok(there) => !there,
             Err(error) => {
@@ -669,13 +637,13 @@ impl Worker {
     fn sleep(&mut self) {
         let mut files = vec![PollFd::new(self.waker.as_fd(), PollFlags::POLLIN)];
         let mut most = PollTimeout::NONE;
-        if let (Some(running), Some(link)) = (&self.running, &self.link) {
-            let full = running.count >= MAX_IN_FLIGHT || link.outbox.unsent() >= MAX_UNSENT;
+        if let (Some(running), Some(way)) = (&self.running, &self.way) {
+            let full = running.count >= MAX_IN_FLIGHT || way.link.unsent() >= MAX_UNSENT;
             if !full {
                 files.push(PollFd::new(running.kick.as_fd(), PollFlags::POLLIN));
             }
-            let out = if link.outbox.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
-            files.push(PollFd::new(link.stream.as_fd(), PollFlags::POLLIN | out));
+            let out = if way.link.unsent() == 0 { PollFlags::empty() } else { PollFlags::POLLOUT };
+            files.push(PollFd::new(way.link.stream().as_fd(), PollFlags::POLLIN | out));
         } else if self.running.is_some() {
             most = PollTimeout::from(500_u16);
         }

@@ -14,13 +14,15 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use link::{LinkError, read_control};
 use nix::sys::eventfd::EventFd;
 use wire::{
-    Attach, Attached, CONTROL_QUEUE, Control, Device, Greeting, Handles, Header, MAX_BODY, Malformed, NEWEST, Names,
-    OLDEST, Open, Refused, SessionId, choose,
+    Attach, Attached, Control, Device, Greeting, Handles, Malformed, NEWEST, Names, OLDEST, Open, Refused, SessionId,
+    choose,
 };
 
 use crate::wish::Wish;
@@ -54,6 +56,16 @@ pub enum RemoteError {
     Silent,
 }
 
+impl From<LinkError> for RemoteError {
+    fn from(error: LinkError) -> Self {
+        match error {
+            LinkError::Closed => io::Error::from(ErrorKind::UnexpectedEof).into(),
+            LinkError::Io(error) => error.into(),
+            LinkError::Malformed(error) => error.into(),
+        }
+    }
+}
+
 /// What is true now.
 #[derive(Clone, Debug)]
 pub struct State {
@@ -61,8 +73,8 @@ pub struct State {
     pub session: SessionId,
     /// Counts connections of the session.
     pub epoch: u32,
-    /// What the server has said; None: there is no way to it.
-    pub attached: Option<Attached>,
+    /// There is a way to the server.
+    pub up: bool,
     /// What the server has said last.
     pub known: Option<Attached>,
     /// Why there is no way.
@@ -79,6 +91,8 @@ pub struct Remote {
     queues: u16,
     address: Mutex<String>,
     state: Mutex<State>,
+    /// How often `state` has changed.
+    changes: AtomicU64,
     changed: Condvar,
     control: Mutex<Option<TcpStream>>,
     wakers: Mutex<Vec<Arc<EventFd>>>,
@@ -112,7 +126,7 @@ impl Remote {
         let state = State {
             session: fresh_session(),
             epoch: first_epoch(),
-            attached: None,
+            up: false,
             known: None,
             trouble: None,
             since: Instant::now(),
@@ -130,6 +144,7 @@ impl Remote {
             queues: wish.queues,
             address: Mutex::new(wish.address.clone()),
             state: Mutex::new(state),
+            changes: AtomicU64::new(0),
             changed: Condvar::new(),
             control: Mutex::default(),
             wakers: Mutex::default(),
@@ -143,6 +158,11 @@ impl Remote {
     /// What is true now.
     pub fn state(&self) -> State {
         lock(&self.state).clone()
+    }
+
+    /// How often that has changed: to know that nothing has, it need not be copied.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// Wait until the server has told what the device is, at most that long.
@@ -168,9 +188,7 @@ impl Remote {
         if before.session == session {
             return;
         }
-        if let (Some(stream), Some(attached)) = (&mut *lock(&self.control), &before.attached) {
-            let _ = stream.write_all(&Control::Detach.encode(attached.handles));
-        }
+        self.detach(&before);
         self.change(|state| state.session = session);
         self.cut();
     }
@@ -184,11 +202,16 @@ impl Remote {
 
     /// Give it up for good.
     pub fn close(&self) {
-        if let (Some(stream), Some(attached)) = (&mut *lock(&self.control), &self.state().attached) {
-            let _ = stream.write_all(&Control::Detach.encode(attached.handles));
-        }
+        self.detach(&self.state());
         self.change(|state| state.closed = true);
         self.cut();
+    }
+
+    /// Give up the session, if the server can be told.
+    fn detach(&self, state: &State) {
+        if let (Some(stream), true, Some(known)) = (&mut *lock(&self.control), state.up, &state.known) {
+            let _ = stream.write_all(&Control::Detach.encode(known.handles));
+        }
     }
 
     fn cut(&self) {
@@ -199,6 +222,7 @@ impl Remote {
 
     fn change(&self, how: impl FnOnce(&mut State)) {
         how(&mut lock(&self.state));
+        self.changes.fetch_add(1, Ordering::Release);
         self.changed.notify_all();
         for waker in lock(&self.wakers).iter() {
             let _ = waker.write(1);
@@ -226,7 +250,7 @@ impl Remote {
                 tracing::warn!(names = ?self.names, "no way to the server: {told}");
             }
             self.change(|state| {
-                if state.attached.take().is_some() || state.trouble.is_none() {
+                if std::mem::take(&mut state.up) || state.trouble.is_none() {
                     state.since = Instant::now();
                 }
                 state.trouble = Some(told);
@@ -268,7 +292,7 @@ impl Remote {
         let before = self.state().known.map(|known| known.config);
         let other = before.is_some_and(|before| before != attached.config);
         self.change(|state| {
-            state.attached = Some(attached.clone());
+            state.up = true;
             state.known = Some(attached);
             state.trouble = None;
             state.since = Instant::now();
@@ -292,8 +316,8 @@ impl Remote {
                         Control::Config(config) => {
                             tracing::info!(names = ?self.names, "the configuration has changed");
                             self.change(|state| {
-                                for attached in [&mut state.attached, &mut state.known].into_iter().flatten() {
-                                    attached.config.clone_from(&config);
+                                if let Some(known) = &mut state.known {
+                                    known.config = config;
                                 }
                             });
                             self.tell_config();
@@ -368,16 +392,4 @@ fn greet(stream: &mut TcpStream) -> Result<(), RemoteError> {
     let theirs = Greeting::decode(&greeting)?;
     choose(&(OLDEST..=NEWEST), theirs)?;
     Ok(())
-}
-
-fn read_control(stream: &mut TcpStream) -> Result<(Header, Control), RemoteError> {
-    let mut head = [0; Header::SIZE];
-    stream.read_exact(&mut head)?;
-    let header = Header::decode(&head)?;
-    if header.flags != 0 || header.queue != CONTROL_QUEUE {
-        return Err(Malformed::Kind(header.kind as u8).into());
-    }
-    let mut body = vec![0; (header.length as usize).min(MAX_BODY)];
-    stream.read_exact(&mut body)?;
-    Ok((header, Control::decode(header.kind, &body)?))
 }

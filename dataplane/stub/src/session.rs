@@ -12,18 +12,17 @@
 //!
 //! # What the `vhost` crate does not do
 //!
-//! QEMU 7.2 enables the rings before it says which features the guest has negotiated, and the crate does not hand out the
-//! socket that the VMM is told of changes by. So these two requests are taken from the VMM's socket here.
+//! It insists on features before rings are enabled ([`vring::vmm`]), and does not hand out the socket that the VMM is told
+//! of changes by. So these two requests are taken from the VMM's socket here.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -33,8 +32,9 @@ use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserB
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vring::inflight::Inflight;
-use vring::memory::{GuestMemory, MAX_REGIONS, Region};
+use vring::memory::{GuestMemory, MAX_REGIONS};
 use vring::ring::{Addresses, Features};
+use vring::vmm::{HEADER, Head, VERSION, event_file, handle, refused, region, unsupported};
 use wire::{Attached, SessionId};
 
 use crate::queue::{Command, Handle, Start};
@@ -48,14 +48,8 @@ const TRANSPORT: u64 =
 /// For the server to tell what the device is, when a VMM asks for the first time.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Bytes of a message's header: request, flags and size of the rest, 32 bits each.
-const HEADER: usize = 12;
-const SET_VRING_ENABLE: u32 = 18;
 const SET_BACKEND_REQ_FD: u32 = 21;
 const CONFIG_CHANGE: u32 = 2;
-const VERSION: u32 = 1;
-const REPLY: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
 
 #[derive(Default)]
 struct QueueState {
@@ -79,34 +73,6 @@ struct Session {
     session: SessionId,
     /// The configuration that the VMM has asked for last.
     told: Vec<u8>,
-}
-
-fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::ReqHandlerError(io::Error::other(error))
-}
-
-fn unsupported<T>(what: &'static str) -> Result<T> {
-    Err(Error::InvalidOperation(what))
-}
-
-fn region(region: &VhostUserMemoryRegion) -> Region {
-    Region {
-        guest: region.guest_phys_addr,
-        size: region.memory_size,
-        user: region.user_addr,
-        offset: region.mmap_offset,
-    }
-}
-
-/// Make a file of events one that nobody has to wait for.
-fn event_file(file: Option<File>) -> Result<Option<OwnedFd>> {
-    let Some(file) = file else { return Ok(None) };
-    let nonblocking = || {
-        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
-        fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
-    };
-    nonblocking().map_err(refused)?;
-    Ok(Some(file.into()))
 }
 
 impl Session {
@@ -379,58 +345,27 @@ impl VhostUserBackendReqHandlerMut for Session {
 
 // -- requests that are taken from the socket here ------------------------------------------------------------------------
 
-struct Early {
-    request: u32,
-    flags: u32,
-    size: u32,
-}
-
-/// What comes next, without taking it.
-fn peek(stream: &UnixStream) -> io::Result<Option<Early>> {
-    let mut head = [0; HEADER];
-    let seen = recv(stream.as_raw_fd(), &mut head, MsgFlags::MSG_PEEK)?;
-    let word = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    Ok((seen == HEADER).then(|| Early { request: word(0), flags: word(4), size: word(8) }))
-}
-
-fn reply(stream: &mut UnixStream, early: &Early, failed: bool) -> io::Result<()> {
-    if early.flags & NEED_REPLY == 0 {
-        return Ok(());
-    }
-    let words = [early.request, VERSION | REPLY, 8, u32::from(failed), 0];
-    stream.write_all(&words.map(u32::to_ne_bytes).concat())
-}
-
 /// Take those requests that are next and that the `vhost` crate is not to see.
-fn take_early(stream: &mut UnixStream, session: &Mutex<Session>) -> io::Result<()> {
-    loop {
-        let Some(early) = peek(stream)? else { return Ok(()) };
-        let before_features = lock(session).features & PROTOCOL_FEATURES == 0;
-        match (early.request, early.size) {
-            (SET_VRING_ENABLE, 8) if before_features => {
-                let mut message = [0; HEADER + 8];
-                stream.read_exact(&mut message)?;
-                let word =
-                    |at: usize| u32::from_ne_bytes([message[at], message[at + 1], message[at + 2], message[at + 3]]);
-                let result = lock(session).set_vring_enable(word(HEADER), word(HEADER + 4) == 1);
-                reply(stream, &early, result.is_err())?;
+fn take_early(stream: &mut UnixStream, session: &Mutex<Session>, name: &str) -> io::Result<()> {
+    while let Some(head) = Head::peek(stream)? {
+        if head.is_enable() && lock(session).features & PROTOCOL_FEATURES == 0 {
+            head.enable(stream, name, |index, enable| lock(session).set_vring_enable(index, enable))?;
+        } else if (head.request, head.size) == (SET_BACKEND_REQ_FD, 0) {
+            let told = take_file(stream)?;
+            let failed = told.is_none();
+            if let Some(told) = told {
+                let told = Mutex::new(told);
+                lock(session).remote.on_config(Some(Box::new(move || {
+                    let message = [CONFIG_CHANGE, VERSION, 0].map(u32::to_ne_bytes).concat();
+                    let _ = lock(&told).write_all(&message);
+                })));
             }
-            (SET_BACKEND_REQ_FD, 0) => {
-                let told = take_file(stream)?;
-                let failed = told.is_none();
-                if let Some(told) = told {
-                    let told = Mutex::new(told);
-                    let remote = Arc::clone(&lock(session).remote);
-                    remote.on_config(Some(Box::new(move || {
-                        let message = [CONFIG_CHANGE, VERSION, 0].map(u32::to_ne_bytes).concat();
-                        let _ = lock(&told).write_all(&message);
-                    })));
-                }
-                reply(stream, &early, failed)?;
-            }
-            _ => return Ok(()),
+            head.reply(stream, failed)?;
+        } else {
+            break;
         }
     }
+    Ok(())
 }
 
 /// A request's header with the socket that comes along.
@@ -473,33 +408,11 @@ pub fn serve(mut stream: UnixStream, name: &str, remote: &Arc<Remote>, workers: 
     let session = Arc::new(Mutex::new(session));
     if let Ok(theirs) = stream.try_clone() {
         let mut handler = BackendReqHandler::from_stream(theirs, session.clone());
-        while take_early(&mut stream, &session).is_ok() && handle(&mut handler, name) {}
+        while take_early(&mut stream, &session, name).is_ok() && handle(&mut handler, name) {}
     }
     remote.on_config(None);
     for worker in workers {
         worker.tell(Command::Drop);
     }
     tracing::info!(device = name, "disconnected");
-}
-
-/// Handle one request; false if no other can follow.
-fn handle(handler: &mut BackendReqHandler<Mutex<Session>>, name: &str) -> bool {
-    match handler.handle_request() {
-        Ok(()) => true,
-        // The request was understood, and the VMM is told so if it has asked.
-        Err(
-            error @ (Error::ReqHandlerError(_)
-            | Error::InvalidOperation(_)
-            | Error::FeatureMismatch
-            | Error::InactiveFeature(_)),
-        ) => {
-            tracing::warn!(device = name, %error, "request refused");
-            true
-        }
-        Err(Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage) => false,
-        Err(error) => {
-            tracing::warn!(device = name, %error, "connection given up");
-            false
-        }
-    }
 }

@@ -7,7 +7,7 @@
 //! | [`memory`] | what of a guest's memory is where here |
 //! | [`ring`] | a split virtqueue |
 //! | [`inflight`] | what a device has taken from its queues and not used yet, through its death |
-//! | [`socket`] | where VMMs connect |
+//! | [`socket`], [`vmm`] | where VMMs connect, and what they say to every back end |
 //! | [`fault`] | memory that is taken away while we look at it |
 //! | [`sandbox`] | what a back end gives up once it has started |
 
@@ -17,3 +17,4 @@ pub mod memory;
 pub mod ring;
 pub mod sandbox;
 pub mod socket;
+pub mod vmm;

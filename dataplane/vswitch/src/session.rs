@@ -15,21 +15,12 @@
 //! A request that makes no sense is refused, and the connection goes on, as long as it is clear where the next request
 //! begins. Nothing is remembered of a VMM that has gone: the next one says all of it again, and its rings say where to
 //! go on.
-//!
-//! # Rings that are enabled too early
-//!
-//! QEMU 7.2 enables the rings before it says which features the guest has negotiated, and not again afterwards. The
-//! `vhost` crate insists on the order of the specification, so this request is taken from the socket here until the
-//! features are known.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -43,8 +34,9 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vring::memory::{DirtyLog, GuestMemory, MAX_REGIONS, Region};
+use vring::memory::{DirtyLog, GuestMemory, MAX_REGIONS};
 use vring::ring::Addresses;
+use vring::vmm::{Head, event_file, handle, refused, region, unsupported};
 
 use crate::poll::Handle;
 use crate::port::{LOG_ALL, PROTOCOL_FEATURES};
@@ -70,13 +62,6 @@ pub const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | LOG_ALL
     | PROTOCOL_FEATURES;
 
-/// Bytes of a message's header: request, flags and size of the rest, 32 bits each.
-const HEADER: usize = 12;
-const SET_VRING_ENABLE: u32 = 18;
-const VERSION: u32 = 1;
-const REPLY: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
-
 struct Session {
     name: String,
     slot: u32,
@@ -84,34 +69,6 @@ struct Session {
     switch: Handle,
     memory: GuestMemory,
     features: u64,
-}
-
-fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::ReqHandlerError(io::Error::other(error))
-}
-
-fn unsupported<T>(what: &'static str) -> Result<T> {
-    Err(Error::InvalidOperation(what))
-}
-
-fn region(region: &VhostUserMemoryRegion) -> Region {
-    Region {
-        guest: region.guest_phys_addr,
-        size: region.memory_size,
-        user: region.user_addr,
-        offset: region.mmap_offset,
-    }
-}
-
-/// Make a file of events one that nobody has to wait for.
-fn event_file(file: Option<File>) -> Result<Option<OwnedFd>> {
-    let Some(file) = file else { return Ok(None) };
-    let nonblocking = || {
-        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
-        fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
-    };
-    nonblocking().map_err(refused)?;
-    Ok(Some(file.into()))
 }
 
 impl Session {
@@ -329,30 +286,15 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 }
 
-/// Take a request to enable a ring from the socket, if it is the next and comes before the features.
-fn enable_early(stream: &mut UnixStream, session: &Mutex<Session>) -> io::Result<()> {
-    let word = |bytes: &[u8], at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
-    while session.features & PROTOCOL_FEATURES == 0 {
-        let mut message = [0; HEADER + 8];
-        let seen = recv(stream.as_raw_fd(), &mut message[..HEADER], MsgFlags::MSG_PEEK)?;
-        let expected = seen == HEADER && word(&message, 0) == SET_VRING_ENABLE && word(&message, 8) == 8;
-        if !expected {
-            return Ok(());
-        }
-        stream.read_exact(&mut message)?;
-        let (index, enable) = (word(&message, HEADER), word(&message, HEADER + 4));
-        let result = session.set_vring_enable(index, enable == 1);
-        if let Err(error) = &result {
-            tracing::warn!(port = session.name, %error, "request refused");
-        }
-        if word(&message, 4) & NEED_REPLY != 0 {
-            let mut answer = Vec::with_capacity(HEADER + 8);
-            for part in [SET_VRING_ENABLE, VERSION | REPLY, 8, u32::from(result.is_err()), 0] {
-                answer.extend(part.to_ne_bytes());
-            }
-            stream.write_all(&answer)?;
-        }
+/// Take requests to enable a ring from the socket that come before the features.
+fn enable_early(stream: &mut UnixStream, session: &Mutex<Session>, name: &str) -> io::Result<()> {
+    let lock = || session.lock().unwrap_or_else(PoisonError::into_inner);
+    let before_features = || lock().features & PROTOCOL_FEATURES == 0;
+    while before_features()
+        && let Some(head) = Head::peek(stream)?
+        && head.is_enable()
+    {
+        head.enable(stream, name, |index, enable| lock().set_vring_enable(index, enable))?;
     }
     Ok(())
 }
@@ -368,32 +310,10 @@ pub fn serve(mut stream: UnixStream, switch: &Handle, slot: u32, name: &str, pai
     let session = Arc::new(Mutex::new(session));
     if let Ok(theirs) = stream.try_clone() {
         let mut handler = BackendReqHandler::from_stream(theirs, session.clone());
-        while enable_early(&mut stream, &session).is_ok() && handle(&mut handler, name) {}
+        while enable_early(&mut stream, &session, name).is_ok() && handle(&mut handler, name) {}
     }
     tracing::info!(port = name, "disconnected");
     // What is given back is unmapped here.
     let before = switch.run(move |switch| switch.connect(slot, false));
     drop(before);
-}
-
-/// Handle one request; false if no other can follow.
-fn handle(handler: &mut BackendReqHandler<Mutex<Session>>, name: &str) -> bool {
-    match handler.handle_request() {
-        Ok(()) => true,
-        // The request was understood, and the VMM is told so if it has asked.
-        Err(
-            error @ (Error::ReqHandlerError(_)
-            | Error::InvalidOperation(_)
-            | Error::FeatureMismatch
-            | Error::InactiveFeature(_)),
-        ) => {
-            tracing::warn!(port = name, %error, "request refused");
-            true
-        }
-        Err(Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage) => false,
-        Err(error) => {
-            tracing::warn!(port = name, %error, "connection given up");
-            false
-        }
-    }
 }

@@ -6,10 +6,9 @@ use std::fmt;
 
 use crate::bytes::{Malformed, Reader, put_block, put_name};
 use crate::frame::{Code, Header, Kind};
+use crate::numbered::numbered;
 use crate::{MAX_CONFIG, MAX_NAME};
 
-/// Servers that a request goes through, at most.
-pub const MAX_HOPS: u8 = 8;
 const MAX_TEXT: usize = 1024;
 
 /// What stands for the names of who talks to whom.
@@ -56,31 +55,17 @@ impl fmt::Debug for SessionId {
     }
 }
 
-/// What a module acts as, by the numbers of VIRTIO 1.2, section 5.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u16)]
-pub enum Device {
-    /// A NIC.
-    Net = 1,
-    /// A disk.
-    Block = 2,
-    /// A console.
-    Console = 3,
-    /// A source of entropy.
-    Entropy = 4,
-}
-
-impl TryFrom<u16> for Device {
-    type Error = Malformed;
-
-    fn try_from(number: u16) -> Result<Self, Malformed> {
-        Ok(match number {
-            1 => Device::Net,
-            2 => Device::Block,
-            3 => Device::Console,
-            4 => Device::Entropy,
-            _ => return Err(Malformed::Value("device")),
-        })
+numbered! {
+    /// What a module acts as, by the numbers of VIRTIO 1.2, section 5.
+    Device: u16, |_| Malformed::Value("device"), {
+        /// A NIC.
+        Net = 1,
+        /// A disk.
+        Block = 2,
+        /// A console.
+        Console = 3,
+        /// A source of entropy.
+        Entropy = 4,
     }
 }
 

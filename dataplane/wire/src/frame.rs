@@ -4,6 +4,7 @@
 
 use crate::bytes::Malformed;
 use crate::control::Handles;
+use crate::numbered::numbered;
 use crate::{MAX_BODY, MAX_MESSAGE};
 
 /// Flag: more of the message follows in another frame.
@@ -11,113 +12,68 @@ pub const MORE: u8 = 1;
 /// The queue number of control connections.
 pub const CONTROL_QUEUE: u16 = u16::MAX;
 
-/// What a frame is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Kind {
-    /// Control, to the server: [`Attach`](crate::Attach).
-    Attach = 1,
-    /// Control, to the client: [`Attached`](crate::Attached).
-    Attached = 2,
-    /// Either connection, to the client: [`Refused`](crate::Refused). The connection ends with it.
-    Refused = 3,
-    /// Control, to the client: the address to attach at instead.
-    Redirect = 4,
-    /// Control, to the server: the features that the driver has taken, 8 bytes.
-    Features = 5,
-    /// Control, to the client: the device's configuration has changed; the guest is interrupted. The body is all of it.
-    Config = 6,
-    /// Control, to the server: the driver writes its configuration: 4 bytes of offset, then what it writes.
-    WriteConfig = 7,
-    /// Control, to the server: the session ends.
-    Detach = 8,
-    /// Either side, either connection: is anybody there?
-    Ping = 9,
-    /// The answer to that.
-    Pong = 10,
-    /// Queue, to the server: [`Open`](crate::Open).
-    Open = 16,
-    /// Queue, to the client: it is open.
-    Opened = 17,
-    /// Queue, to the server: what the driver has put into one chain of descriptors.
-    Request = 18,
-    /// Queue, to the client: what the device puts into it.
-    Answer = 19,
-}
-
-impl TryFrom<u8> for Kind {
-    type Error = Malformed;
-
-    fn try_from(number: u8) -> Result<Self, Malformed> {
-        Ok(match number {
-            1 => Kind::Attach,
-            2 => Kind::Attached,
-            3 => Kind::Refused,
-            4 => Kind::Redirect,
-            5 => Kind::Features,
-            6 => Kind::Config,
-            7 => Kind::WriteConfig,
-            8 => Kind::Detach,
-            9 => Kind::Ping,
-            10 => Kind::Pong,
-            16 => Kind::Open,
-            17 => Kind::Opened,
-            18 => Kind::Request,
-            19 => Kind::Answer,
-            _ => return Err(Malformed::Kind(number)),
-        })
+numbered! {
+    /// What a frame is.
+    Kind: u8, Malformed::Kind, {
+        /// Control, to the server: [`Attach`](crate::Attach).
+        Attach = 1,
+        /// Control, to the client: [`Attached`](crate::Attached).
+        Attached = 2,
+        /// Either connection, to the client: [`Refused`](crate::Refused). The connection ends with it.
+        Refused = 3,
+        /// Control, to the client: the address to attach at instead.
+        Redirect = 4,
+        /// Control, to the server: the features that the driver has taken, 8 bytes.
+        Features = 5,
+        /// Control, to the client: the device's configuration has changed; the guest is interrupted. The body is all
+        /// of it.
+        Config = 6,
+        /// Control, to the server: the driver writes its configuration: 4 bytes of offset, then what it writes.
+        WriteConfig = 7,
+        /// Control, to the server: the session ends.
+        Detach = 8,
+        /// Either side, either connection: is anybody there?
+        Ping = 9,
+        /// The answer to that.
+        Pong = 10,
+        /// Queue, to the server: [`Open`](crate::Open).
+        Open = 16,
+        /// Queue, to the client: it is open.
+        Opened = 17,
+        /// Queue, to the server: what the driver has put into one chain of descriptors.
+        Request = 18,
+        /// Queue, to the client: what the device puts into it.
+        Answer = 19,
     }
 }
 
-/// How a request went, and why something is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Code {
-    /// It is done. What the device thinks of it is in the bytes that it has written.
-    Done = 0,
-    /// The module could not do it, and said nothing to the driver.
-    Failed = 1,
-    /// There is no module of that name, and no server that is known to have one.
-    NoModule = 2,
-    /// The guest may not use the module, or the client host is not who it says.
-    NotAllowed = 3,
-    /// The module is in use by others, and cannot be shared.
-    Busy = 4,
-    /// A server that relays got its own request back, or it went through too many.
-    Loop = 5,
-    /// A later connection of the session has been seen.
-    Fenced = 6,
-    /// There is no such session: attach again.
-    NoSession = 7,
-    /// The device is of another kind than the client thinks.
-    OtherDevice = 8,
-    /// The server has no room for more.
-    Full = 9,
-    /// The server that has the module does not answer.
-    Unreachable = 10,
-    /// The peer broke the protocol.
-    Malformed = 11,
-}
-
-impl TryFrom<u32> for Code {
-    type Error = Malformed;
-
-    fn try_from(number: u32) -> Result<Self, Malformed> {
-        Ok(match number {
-            0 => Code::Done,
-            1 => Code::Failed,
-            2 => Code::NoModule,
-            3 => Code::NotAllowed,
-            4 => Code::Busy,
-            5 => Code::Loop,
-            6 => Code::Fenced,
-            7 => Code::NoSession,
-            8 => Code::OtherDevice,
-            9 => Code::Full,
-            10 => Code::Unreachable,
-            11 => Code::Malformed,
-            _ => return Err(Malformed::Value("code")),
-        })
+numbered! {
+    /// How a request went, and why something is refused.
+    Code: u32, |_| Malformed::Value("code"), {
+        /// It is done. What the device thinks of it is in the bytes that it has written.
+        Done = 0,
+        /// The module could not do it, and said nothing to the driver.
+        Failed = 1,
+        /// There is no module of that name, and no server that is known to have one.
+        NoModule = 2,
+        /// The guest may not use the module, or the client host is not who it says.
+        NotAllowed = 3,
+        /// The module is in use by others, and cannot be shared.
+        Busy = 4,
+        /// A server that relays got its own request back, or it went through too many.
+        Loop = 5,
+        /// A later connection of the session has been seen.
+        Fenced = 6,
+        /// There is no such session: attach again.
+        NoSession = 7,
+        /// The device is of another kind than the client thinks.
+        OtherDevice = 8,
+        /// The server has no room for more.
+        Full = 9,
+        /// The server that has the module does not answer.
+        Unreachable = 10,
+        /// The peer broke the protocol.
+        Malformed = 11,
     }
 }
 

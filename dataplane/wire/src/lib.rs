@@ -104,11 +104,12 @@ mod control;
 mod frame;
 mod greeting;
 mod inbox;
+mod numbered;
 mod outbox;
 
 pub use assembler::{Assembler, Message};
 pub use bytes::Malformed;
-pub use control::{Attach, Attached, Control, Device, Handles, MAX_HOPS, Names, Open, Refused, SessionId, is_name};
+pub use control::{Attach, Attached, Control, Device, Handles, Names, Open, Refused, SessionId, is_name};
 pub use frame::{CONTROL_QUEUE, Code, Header, Kind, MORE};
 pub use greeting::{Greeting, NEWEST, OLDEST, choose};
 pub use inbox::Inbox;

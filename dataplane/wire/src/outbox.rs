@@ -3,7 +3,8 @@
 //! Messages that wait to be sent, as frames that take turns.
 
 use std::collections::VecDeque;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
+use std::sync::Arc;
 
 use crate::MAX_BODY;
 use crate::frame::{Header, MORE};
@@ -31,6 +32,16 @@ impl Body for Vec<u8> {
         if from < to {
             parts.push(IoSlice::new(&self[from..to]));
         }
+    }
+}
+
+impl<B: Body> Body for Arc<B> {
+    fn length(&self) -> usize {
+        B::length(self)
+    }
+
+    fn parts<'a>(&'a self, from: usize, to: usize, parts: &mut Vec<IoSlice<'a>>) {
+        B::parts(self, from, to, parts);
     }
 }
 
@@ -122,8 +133,16 @@ impl<B: Body> Outbox<B> {
         to == length
     }
 
-    /// The parts to send next; none: nothing waits. Then say how much was [`sent`](Self::sent).
-    pub fn parts(&mut self) -> Vec<IoSlice<'_>> {
+    /// Send what is next by `write`, which gets its parts, and says how many bytes it has taken; as it says.
+    ///
+    /// # Errors
+    ///
+    /// Those of `write`: nothing is sent then.
+    ///
+    /// # Panics
+    ///
+    /// It takes more bytes than there are.
+    pub fn send(&mut self, write: impl FnOnce(&[IoSlice<'_>]) -> io::Result<usize>) -> io::Result<usize> {
         while self.ready < IN_ORDER
             && let Some(slot) = self.long.pop_front()
         {
@@ -138,27 +157,15 @@ impl<B: Body> Outbox<B> {
                 entry.body.parts(frame.from, frame.to, &mut parts);
             }
         }
-        let mut left = self.sent;
-        let whole = parts.iter().take_while(|part| {
-            let before = left;
-            left = left.saturating_sub(part.len());
-            before >= part.len()
-        });
-        let whole = whole.count();
-        let start = self.sent - parts[..whole].iter().map(|part| part.len()).sum::<usize>();
-        parts.drain(..whole);
-        if let Some(first) = parts.first_mut() {
-            first.advance(start);
-        }
-        parts
+        let mut rest = parts.as_mut_slice();
+        IoSlice::advance_slices(&mut rest, self.sent);
+        let count = write(rest)?;
+        self.forget(count);
+        Ok(count)
     }
 
-    /// So many bytes of the parts have been taken.
-    ///
-    /// # Panics
-    ///
-    /// There were not as many.
-    pub fn sent(&mut self, count: usize) {
+    /// So many bytes have been sent.
+    fn forget(&mut self, count: usize) {
         self.ready -= count;
         self.sent += count;
         while let Some(frame) = self.frames.front() {
@@ -179,11 +186,6 @@ impl<B: Body> Outbox<B> {
         }
         assert_eq!(self.sent, 0, "more bytes than there were");
     }
-
-    /// Forget all that waits.
-    pub fn clear(&mut self) {
-        *self = Self::default();
-    }
 }
 
 #[cfg(test)]
@@ -202,12 +204,15 @@ mod tests {
         let (mut inbox, mut assembler) = (Inbox::default(), Assembler::new(1024, 1 << 30));
         let (mut order, mut messages) = (Vec::new(), Vec::new());
         for size in sizes.iter().cycle() {
-            let parts = outbox.parts();
-            if parts.is_empty() {
+            if outbox.is_empty() {
                 break;
             }
-            let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).take(*size).collect();
-            outbox.sent(bytes.len());
+            let mut bytes = Vec::new();
+            let taken = outbox.send(|parts| {
+                bytes.extend(parts.iter().flat_map(|part| part.iter().copied()).take(*size));
+                Ok(bytes.len())
+            });
+            assert_eq!(taken.unwrap(), bytes.len());
             let mut rest = bytes.as_slice();
             while !rest.is_empty() {
                 let space = inbox.space();
@@ -233,7 +238,7 @@ mod tests {
         let mut outbox = Outbox::default();
         outbox.push(header(1), vec![1; 20 * MAX_BODY]);
         outbox.push(header(2), vec![2; 20 * MAX_BODY]);
-        assert!(!outbox.parts().is_empty());
+        assert_eq!(outbox.send(|parts| Ok(usize::from(parts.is_empty()))).unwrap(), 0, "nothing is taken");
         outbox.push(header(3), vec![3; 10]);
 
         let (order, messages) = through(&mut outbox, &[100_000]);

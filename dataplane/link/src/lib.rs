@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A queue connection: frames out of the bytes of a socket that never blocks, and answers into it.
+//! Connections that speak the protocol of [`wire`]: of queues, whose sockets never block, and of control.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 
-use wire::{Header, Inbox, Malformed, Outbox};
+use wire::{Body, CONTROL_QUEUE, Control, Header, Inbox, Malformed, Outbox};
 
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -21,14 +21,14 @@ pub enum LinkError {
     Malformed(#[from] Malformed),
 }
 
-/// See the module's documentation.
-pub struct Link {
+/// A queue connection: frames out of what comes, and messages into it.
+pub struct Link<B> {
     stream: TcpStream,
     inbox: Inbox,
-    outbox: Outbox<Vec<u8>>,
+    outbox: Outbox<B>,
 }
 
-impl Link {
+impl<B: Body> Link<B> {
     /// Of a socket that does not block.
     pub fn new(stream: TcpStream) -> Self {
         Link { stream, inbox: Inbox::default(), outbox: Outbox::default() }
@@ -69,8 +69,8 @@ impl Link {
         Ok(self.inbox.frame()?)
     }
 
-    /// Have an answer sent.
-    pub fn send(&mut self, header: Header, body: Vec<u8>) {
+    /// Have a message sent.
+    pub fn send(&mut self, header: Header, body: B) {
         self.outbox.push(header, body);
     }
 
@@ -87,11 +87,8 @@ impl Link {
     pub fn flush(&mut self) -> Result<bool, LinkError> {
         let mut any = false;
         while !self.outbox.is_empty() {
-            match (&self.stream).write_vectored(&self.outbox.parts()) {
-                Ok(count) => {
-                    any = true;
-                    self.outbox.sent(count);
-                }
+            match self.outbox.send(|parts| (&self.stream).write_vectored(parts)) {
+                Ok(_) => any = true,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
@@ -99,4 +96,33 @@ impl Link {
         }
         Ok(any)
     }
+}
+
+/// Fill `into` from a socket that blocks.
+///
+/// # Errors
+///
+/// The connection has ended.
+pub fn read_exact(stream: &mut TcpStream, into: &mut [u8]) -> Result<(), LinkError> {
+    match stream.read_exact(into) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err(LinkError::Closed),
+        other => Ok(other?),
+    }
+}
+
+/// A whole control frame of a socket that blocks.
+///
+/// # Errors
+///
+/// The connection has ended, or this is none.
+pub fn read_control(stream: &mut TcpStream) -> Result<(Header, Control), LinkError> {
+    let mut head = [0; Header::SIZE];
+    read_exact(stream, &mut head)?;
+    let header = Header::decode(&head)?;
+    if header.flags != 0 || header.queue != CONTROL_QUEUE {
+        return Err(Malformed::Kind(header.kind as u8).into());
+    }
+    let mut body = vec![0; header.length as usize];
+    read_exact(stream, &mut body)?;
+    Ok((header, Control::decode(header.kind, &body)?))
 }
